@@ -1,0 +1,38 @@
+"""BERT on Triton kernels: transformers' classes, without the padding.
+
+    model = bert_fast.BertModel.from_pretrained("bert-base-uncased")
+    model = bert_fast.accelerate(any_model_with_a_bert_inside)
+    print(bert_fast.report(model))
+    bert_fast.restore(model)
+"""
+
+from importlib.metadata import version
+
+from .modeling import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
+)
+from .swap import accelerate, report, restore
+
+__version__ = version("bert_fast")
+__all__ = [
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertLMHeadModel",
+    "BertModel",
+    "accelerate",
+    "report",
+    "restore",
+]

@@ -1,0 +1,22 @@
+"""The public ops, and SPECS: the one list that tests, benchmarks and the compile check read.
+
+As an attribute, `layer_norm` here is the op and hides its file; `from .layer_norm import ...`
+still reaches the file.
+"""
+
+from .attention import SPEC as ATTENTION
+from .attention import attention
+from .embedding import SPEC as EMBEDDING
+from .embedding import embedding
+from .gelu import SPEC as GELU
+from .gelu import gelu
+from .launch import backend, missing
+from .layer_norm import SPEC as LAYER_NORM
+from .layer_norm import layer_norm
+from .packing import PACK, UNPACK, Packing, pack, unpack
+
+__all__ = [
+    "SPECS", "Packing", "attention", "backend", "embedding", "gelu", "layer_norm", "missing",
+    "pack", "unpack",
+]
+SPECS = (ATTENTION, LAYER_NORM, GELU, EMBEDDING, PACK, UNPACK)

@@ -1,0 +1,442 @@
+"""Multi-head attention over packed sequences: no padding is stored, read or computed.
+
+    o = softmax(scale * q k^T) v        for each sequence and head on its own
+
+Shapes     q, o [T, heads, D]; k, v [Tk, heads, D]; D <= 256. Sequence b is rows cu_seqlens[b] to
+           cu_seqlens[b + 1] of q, and cu_seqlens_k[b] to cu_seqlens_k[b + 1] of k and v.
+           A query without keys gives zeros.
+Causal     query i of Lq sees key j of Lk where j <= i + Lk - Lq: the last query sees all keys.
+Precision  Scores, softmax and sums in fp32. Probabilities are rounded to the dtype of v before
+           they are multiplied with it, and o once. fp32 products are exact fp32 ("ieee") unless
+           torch.backends.cuda.matmul.allow_tf32 is set.
+Backward   with p the probabilities: dv = p^T do, dp = do v^T, ds = p * (dp - sum(do * o)),
+           dq = scale * ds k, dk = scale * ds^T q. PyTorch, a sequence at a time, for now.
+Source     Vaswani et al., Attention Is All You Need, 2017, section 3.2. The softmax is online, a
+           tile of keys at a time: Milakov, Gimelshein, Online normalizer calculation for softmax,
+           2018; Dao et al., FlashAttention, 2022, algorithm 1.
+"""
+
+import itertools
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .launch import (
+    DTYPES, check_num_tokens, define, define_plain, empty, pad_rows, show, tl, triton,
+)
+from .spec import Spec
+
+MAX_D = 256
+LOG2E = math.log2(math.e)
+
+
+# -- reference ------------------------------------------------------------------------------
+def attention_ref(
+    q, k, v, cu_seqlens, max_seqlen, *,
+    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, num_tokens=None,
+):
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o = torch.zeros_like(q)
+    for b in range(len(cu_seqlens) - 1):
+        of_q = slice(cu_seqlens[b], cu_seqlens[b + 1])
+        of_k = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
+        scores = torch.einsum("qhd,khd->hqk", q[of_q], k[of_k]) * scale
+        if causal:
+            unseen = torch.ones_like(scores, dtype=torch.bool)
+            unseen = unseen.triu(1 + scores.shape[2] - scores.shape[1])
+            scores = scores.masked_fill(unseen, -math.inf)
+        p = torch.softmax(scores, -1).nan_to_num(0.0)  # a row of no keys is 0 / 0
+        o[of_q] = torch.einsum("hqk,khd->qhd", p, v[of_k])
+    return o
+
+
+# -- kernels --------------------------------------------------------------------------------
+@triton.jit
+def _attend(
+    acc, m, l,  # [BLOCK_M, BLOCK_D], [BLOCK_M], [BLOCK_M]: sum of p v, maximum score, sum of p
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptr, v_ptr,  # first key and value of this sequence and head
+    stride_kt, stride_vt,
+    start_n,  # first key of the tile
+    length_k,  # keys of this sequence
+    last,  # [BLOCK_M]: last key that a query sees
+    D,
+    qk_scale,  # scale * log2(e): exp2 is one instruction, exp is five
+    MASKED: tl.constexpr,  # the tile has keys that some query must not see
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One step of the online softmax: the tile of keys that starts at start_n."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    rows_n = offs_n.to(tl.int64)[:, None]
+    mask = (offs_d < D)[None, :]
+    if MASKED:
+        mask &= (offs_n < length_k)[:, None]
+    k = tl.load(k_ptr + rows_n * stride_kt + offs_d[None, :], mask=mask, other=0.0)
+    v = tl.load(v_ptr + rows_n * stride_vt + offs_d[None, :], mask=mask, other=0.0)
+
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+    if MASKED:
+        s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
+    m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - m_finite[:, None])
+    rescale = tl.exp2(m - m_finite)
+    l = l * rescale + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,  # [T, heads, D]
+    k_ptr,  # [Tk, heads, D]
+    v_ptr,  # [Tk, heads, D]
+    cu_seqlens_ptr,  # [B + 1]
+    cu_seqlens_k_ptr,  # [B + 1]
+    o_ptr,  # [T, heads, D], contiguous
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    heads, D, blocks,
+    qk_scale,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    """Program (b, h, i) takes queries i * BLOCK_M and on of sequence b, head h."""
+    pid = tl.program_id(0)
+    start_m = pid % blocks * BLOCK_M
+    h = pid // blocks % heads
+    b = pid // blocks // heads
+    start_q = tl.load(cu_seqlens_ptr + b).to(tl.int64)  # row * stride may pass 2^31
+    length_q = (tl.load(cu_seqlens_ptr + b + 1) - start_q).to(tl.int32)
+    if start_m >= length_q:
+        return
+    start_k = tl.load(cu_seqlens_k_ptr + b).to(tl.int64)
+    length_k = (tl.load(cu_seqlens_k_ptr + b + 1) - start_k).to(tl.int32)
+    k_ptr += start_k * stride_kt + h.to(tl.int64) * stride_kh
+    v_ptr += start_k * stride_vt + h.to(tl.int64) * stride_vh
+
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_md = (offs_m < length_q)[:, None] & (offs_d < D)[None, :]
+    rows_m = (start_q + offs_m)[:, None]
+    q_ptr += h.to(tl.int64) * stride_qh
+    q = tl.load(q_ptr + rows_m * stride_qt + offs_d[None, :], mask=mask_md, other=0.0)
+
+    # Keys below `full` are seen by every query of the tile, keys from `end` on by none.
+    if CAUSAL:
+        shift = length_k - length_q
+        last = tl.minimum(offs_m + shift, length_k - 1)
+        full = tl.minimum(tl.maximum(start_m + shift + 1, 0), length_k)
+        end = tl.minimum(tl.maximum(start_m + BLOCK_M + shift, 0), length_k)
+    else:
+        last = tl.zeros([BLOCK_M], tl.int32) + (length_k - 1)
+        full = length_k
+        end = length_k
+    full = full // BLOCK_N * BLOCK_N
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    for start_n in range(0, full, BLOCK_N):
+        acc, m, l = _attend(
+            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
+            D, qk_scale, False, PRECISION, BLOCK_N, BLOCK_D,
+        )
+    for start_n in range(full, end, BLOCK_N):
+        acc, m, l = _attend(
+            acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
+            D, qk_scale, True, PRECISION, BLOCK_N, BLOCK_D,
+        )
+
+    o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    o_ptr += rows_m * (heads * D) + h * D
+    tl.store(o_ptr + offs_d[None, :], o, mask=mask_md)
+
+
+# -- launchers ------------------------------------------------------------------------------
+def _config(D, itemsize):
+    """Tiles whose shape depends on nothing but D and dtype, so that a sequence's bits depend on
+    nothing else either. Reasoned from registers and shared memory ahead of time, not measured.
+    """
+    BLOCK_D = max(triton.next_power_of_2(D), 16)
+    if itemsize == 4:  # fp32 has no tensor cores to feed
+        M, N, warps, stages = {128: (32, 32, 4, 2), 256: (32, 16, 4, 2)}.get(
+            BLOCK_D, (64, 32, 4, 2)
+        )
+    else:
+        M, N, warps, stages = {128: (128, 64, 8, 2), 256: (64, 32, 4, 2)}.get(
+            BLOCK_D, (128, 64, 4, 3)
+        )
+    return {
+        "BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": stages,
+    }
+
+
+def _unit(t):
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _precision(q):
+    allow_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allow_tf32 else "ieee"
+
+
+def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, _):
+    q, k, v = _unit(q), _unit(k), _unit(v)
+    heads, D = q.shape[1:]
+    config = _config(D, q.itemsize)
+    blocks = triton.cdiv(max_seqlen, config["BLOCK_M"])
+    programs = blocks * heads * (len(cu_seqlens) - 1)
+    if programs:
+        _forward_kernel[(programs,)](
+            q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, o,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            heads, D, blocks, scale * LOG2E,
+            CAUSAL=causal, PRECISION=_precision(q), **config,
+        )
+
+
+def _runs(cu_seqlens, cu_seqlens_k):
+    """(sequences, Lq, Lk, first row of q, first row of k) of each run of equal lengths."""
+    cu_q = cu_seqlens.tolist()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    lengths = zip(
+        (b - a for a, b in itertools.pairwise(cu_q)), (b - a for a, b in itertools.pairwise(cu_k))
+    )
+    start_q, start_k = cu_q[0], cu_k[0]
+    for (Lq, Lk), run in itertools.groupby(lengths):
+        n = sum(1 for _ in run)
+        yield n, Lq, Lk, start_q, start_k
+        start_q, start_k = start_q + n * Lq, start_k + n * Lk
+
+
+def _batch(t, start, n, length):
+    """n sequences of equal length in t [T, heads, D] as a view [n, heads, length, D]."""
+    return t[start : start + n * length].unflatten(0, (n, length)).transpose(1, 2)
+
+
+def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, _):
+    """One call of scaled_dot_product_attention for each run of sequences of equal lengths."""
+    max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
+    parts = []
+    for n, Lq, Lk, start_q, start_k in _runs(cu_seqlens, cu_seqlens_k):
+        if Lq > max_seqlen or Lk > max_seqlen_k:
+            given = f"{max_seqlen} and {max_seqlen_k}"
+            raise ValueError(
+                f"attention: max_seqlen and max_seqlen_k must bound the lengths, here {Lq} queries"
+                f" and {Lk} keys, got {given}"
+            )
+        blind = Lq if Lk == 0 else max(Lq - Lk, 0) if causal else 0  # queries that see no key
+        if blind == Lq:
+            parts.append(q.new_zeros(n * Lq, *q.shape[1:]))
+            continue
+        unmasked = not causal or Lq >= Lk
+        o = F.scaled_dot_product_attention(
+            _batch(q, start_q, n, Lq)[:, :, blind:],
+            _batch(k, start_k, n, Lk),
+            _batch(v, start_k, n, Lk),
+            None if unmasked else q.new_ones(Lq, Lk, dtype=torch.bool).tril(Lk - Lq),
+            is_causal=causal and unmasked,
+            scale=scale,
+        )
+        o = F.pad(o, (0, 0, blind, 0)) if blind else o
+        parts.append(o.transpose(1, 2).flatten(0, 1))
+    if not parts:
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+    o = (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+    return pad_rows(o, len(q))
+
+
+def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    for n, Lq, Lk, start_q, start_k in _runs(cu_seqlens, cu_seqlens_k):
+        do_, q_ = (_batch(t, start_q, n, Lq).to(wide) for t in (do, q))
+        k_, v_ = (_batch(t, start_k, n, Lk).to(wide) for t in (k, v))
+        s = q_ @ k_.mT * scale
+        if causal:
+            unseen = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).triu(1 + Lk - Lq)
+            s = s.masked_fill(unseen, -math.inf)
+        p = torch.softmax(s, -1).nan_to_num(0.0)
+        dp = do_ @ v_.mT
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        _batch(dq, start_q, n, Lq).copy_(ds @ k_)
+        _batch(dk, start_k, n, Lk).copy_(ds.mT @ q_)
+        _batch(dv, start_k, n, Lk).copy_(p.mT @ do_)
+    return dq, dk, dv
+
+
+# -- registration ---------------------------------------------------------------------------
+_attention = define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k,"
+    " SymInt max_seqlen, SymInt? max_seqlen_k, bool causal, float scale, Tensor? num_tokens)"
+    " -> Tensor",
+    outputs=lambda q, k, v, cu, cu_k, max_q, max_k, causal, scale, num_tokens: empty(
+        q.shape, q, num_tokens
+    ),
+    launch=_forward,
+    plain=_plain,
+)
+_attention_backward = define_plain(
+    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens,"
+    " Tensor? cu_seqlens_k, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    outputs=lambda do, q, k, v, *_: (
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    ),
+    plain=_plain_backward,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, num_tokens):
+        ctx.save_for_backward(q, k, v, cu_q, cu_k)
+        ctx.causal, ctx.scale = causal, scale
+        return _attention(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, num_tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        grads = _attention_backward(do, *ctx.saved_tensors, ctx.causal, ctx.scale)
+        return *grads, *[None] * 7
+
+
+# -- public op ------------------------------------------------------------------------------
+def attention(
+    q, k, v, cu_seqlens, max_seqlen, *,
+    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, num_tokens=None,
+):
+    """Multi-head attention of packed sequences.
+
+    q             [T, heads, D], fp32, fp16 or bf16, D <= 256
+    k, v          [Tk, heads, D], dtype of q
+    cu_seqlens    int32[B + 1], ascending from 0: where each sequence starts in q, then the total
+    max_seqlen    a bound on the queries of one sequence; those past it are not computed on a GPU
+    cu_seqlens_k, max_seqlen_k   the same of k and v; None means those of q
+    causal        query i of Lq sees keys up to i + Lk - Lq, so the last query sees them all
+    scale         factor of the scores; None means D ** -0.5
+    num_tokens    [1] integer, cu_seqlens[-1] on the device: states that q has further rows, which
+                  are not read, and are zeros in the result; None where it has none
+
+    Returns o [T, heads, D] in the dtype of q, contiguous; zeros for a query that sees no key.
+    Differentiable once, in q, k and v. The last dimension is copied if it is not contiguous, the
+    others may have any stride. Raises ValueError for any other shape or dtype.
+    """
+    if q.ndim != 3 or not 1 <= q.shape[2] <= MAX_D or q.dtype not in DTYPES:
+        raise ValueError(
+            f"attention: q must be fp32, fp16 or bf16 [T, heads, 1 to {MAX_D}], got {show(q)}"
+        )
+    if (cu_seqlens_k is None) != (max_seqlen_k is None):
+        got = f"{show(cu_seqlens_k)} and {max_seqlen_k}"
+        raise ValueError(f"attention: cu_seqlens_k and max_seqlen_k go together, got {got}")
+    for name, t, T in (("k", k, k.shape[0]), ("v", v, k.shape[0])):
+        if t.shape != (T, *q.shape[1:]) or t.dtype != q.dtype:
+            dtype = str(q.dtype).removeprefix("torch.")
+            want = f"{dtype}[{T}, {q.shape[1]}, {q.shape[2]}]"
+            raise ValueError(f"attention: {name} must be {want} like q, got {show(t)}")
+    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
+        raise ValueError(f"attention: k must have the rows of q, {q.shape[0]}, got {show(k)}")
+    for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if t is None:
+            continue
+        if t.dtype != torch.int32 or t.ndim != 1 or t.shape != cu_seqlens.shape or not len(t):
+            raise ValueError(f"attention: {name} must be int32[B + 1], got {show(t)}")
+        if t.device != q.device:
+            raise ValueError(f"attention: {name} must be on {q.device} like q, got {show(t)}")
+    check_num_tokens("attention", num_tokens, q)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    args = (
+        q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, num_tokens,
+    )
+    if torch.is_grad_enabled():
+        return _Attention.apply(*args)
+    return _attention(*args)
+
+
+# -- spec -----------------------------------------------------------------------------------
+def cu_seqlens_of(lengths, device):
+    """int32[B + 1]: 0 and the running sums of lengths."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def _inputs(dtype, device, lengths, lengths_k=None, heads=2, D=64, causal=False, scale=None):
+    T, Tk = sum(lengths), sum(lengths if lengths_k is None else lengths_k)
+    q, k, v = (
+        torch.randn(rows, heads, D, device=device).to(dtype) for rows in (T, Tk, Tk)
+    )
+    inputs = {
+        "q": q, "k": k, "v": v,
+        "cu_seqlens": cu_seqlens_of(lengths, device),
+        "max_seqlen": max(lengths, default=0),
+        "causal": causal,
+        "scale": scale,
+    }
+    if lengths_k is not None:
+        inputs["cu_seqlens_k"] = cu_seqlens_of(lengths_k, device)
+        inputs["max_seqlen_k"] = max(lengths_k)
+    return inputs
+
+
+def _cost(itemsize, lengths, lengths_k=None, heads=2, D=64, causal=False, **_):
+    lengths_k = lengths if lengths_k is None else lengths_k
+    pairs = sum(
+        sum(min(max(i + 1 + Lk - Lq, 0), Lk) for i in range(Lq)) if causal else Lq * Lk
+        for Lq, Lk in zip(lengths, lengths_k)
+    )
+    return 4 * pairs * heads * D, 2 * (sum(lengths) + sum(lengths_k)) * heads * D * itemsize
+
+
+SPEC = Spec(
+    fn=attention,
+    ref=attention_ref,
+    inputs=_inputs,
+    cost=_cost,
+    cases=(
+        {"lengths": (37, 5, 64)},
+        {"lengths": (65, 1, 0, 129), "heads": 1, "D": 32},  # just past a block, and an empty one
+        {"lengths": (19, 40), "causal": True},
+        {"lengths": (130,), "heads": 1, "causal": True},
+        {"lengths": (3, 17, 0), "lengths_k": (65, 1, 4)},
+        {"lengths": (3, 40, 5), "lengths_k": (65, 7, 0), "causal": True},  # some see no key
+        {"lengths": (), "D": 64},
+        {"lengths": (0, 0)},
+        {"lengths": (1,), "D": 1},
+        {"lengths": (13, 13), "D": 8},
+        {"lengths": (9, 33), "D": 80, "heads": 3},
+        {"lengths": (33,), "D": 128, "heads": 1},
+        {"lengths": (17,), "D": 256, "heads": 1},
+        {"lengths": (31, 7), "scale": 1.0},  # near one-hot
+    ),
+    bench=tuple(
+        {"lengths": (S,) * (16384 // S), "heads": heads, "D": D}
+        for heads, D in ((12, 32), (12, 64), (16, 64))
+        for S in (128, 512)
+    )
+    + (
+        {"lengths": (128,) * 16, "heads": 8, "D": 128},
+        {"lengths": (512,) * 4, "heads": 4, "D": 256},
+        {"lengths": (512,) * 8, "heads": 12, "D": 64, "causal": True},
+    ),
+    rejects={
+        "q must be fp32, fp16 or bf16 [T, heads, 1 to 256], got float32[4, 64]": {
+            "q": torch.ones(4, 64)
+        },
+        "k must be float32[7, 2, 64] like q, got float32[7, 2, 32]": {"k": torch.ones(7, 2, 32)},
+        "v must be float32[106, 2, 64] like q, got float32[5, 2, 64]": {"v": torch.ones(5, 2, 64)},
+        "k must have the rows of q, 106, got": {
+            "k": torch.ones(7, 2, 64), "v": torch.ones(7, 2, 64)
+        },
+        "cu_seqlens must be int32[B + 1], got int64[4]": {"cu_seqlens": torch.zeros(4).long()},
+        "cu_seqlens_k and max_seqlen_k go together, got None and 3": {"max_seqlen_k": 3},
+        "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
+    },
+    packed=("q", "k", "v"),
+    rounds_inside=True,
+)

@@ -1,0 +1,193 @@
+"""Bias and exact GELU, the activation between BERT's two feed-forward products.
+
+    z = x + bias
+    y = z * Phi(z) = z * (1 + erf(z / sqrt(2))) / 2
+
+Shapes     x, y [..., N]; bias [N]. The leading dimensions are M rows, possibly none.
+Precision  fp32 throughout, the sum z too. y is rounded once, to the dtype of x.
+Backward   dx = dy * (Phi(z) + z * phi(z)), dbias = sum of dx over rows; phi is Phi's density.
+           torch's gelu_backward on z in fp32.
+Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, section 2. This is the erf form,
+           BERT's "gelu"; the tanh form is another function.
+"""
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .launch import (
+    DTYPES, check_num_tokens, define, define_plain, empty, head, pad_rows, rows, show, tl, triton,
+)
+from .spec import Spec
+
+
+# -- reference ------------------------------------------------------------------------------
+def gelu_ref(x, bias=None, num_tokens=None):
+    z = x if bias is None else x + bias
+    return z * (1 + torch.erf(z * math.sqrt(0.5))) / 2
+
+
+# -- kernels --------------------------------------------------------------------------------
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [M, N]
+    bias_ptr,  # [N] or None
+    num_tokens_ptr,  # [1] or None
+    y_ptr,  # [M, N], contiguous
+    stride_xm,
+    N,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (m, n) takes block n of row m; both are in one grid axis, the one without a limit."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    row = (pid // blocks).to(tl.int64)  # row * stride may pass 2^31
+    if num_tokens_ptr is not None:
+        if row >= tl.load(num_tokens_ptr):
+            return
+    offs_n = pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    z = tl.load(x_ptr + row * stride_xm + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+
+    y = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+
+    tl.store(y_ptr + row * N + offs_n, y, mask=mask_n)
+
+
+# -- launchers ------------------------------------------------------------------------------
+def _config(N):
+    """8 elements a thread, four warps at most: a row of 3072 is three programs."""
+    BLOCK_N = min(triton.next_power_of_2(N), 1024)
+    return {"BLOCK_N": BLOCK_N, "num_warps": max(BLOCK_N // 256, 1)}
+
+
+def _forward(y, x, bias, num_tokens):
+    x, stride_xm = rows(x)
+    M, N = x.shape
+    config = _config(N)
+    if M:
+        _forward_kernel[(M * triton.cdiv(N, config["BLOCK_N"]),)](
+            x, None if bias is None else bias.contiguous(), num_tokens, y, stride_xm, N, **config
+        )
+
+
+def _sum(x, bias):
+    """z in fp32, or fp64 for fp64; x itself where nothing is added, since F.gelu widens by itself."""
+    return x if bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + bias
+
+
+def _plain(x, bias, num_tokens):
+    (tokens,) = head(num_tokens, x)
+    y = F.gelu(_sum(tokens, bias)).to(x.dtype)
+    return pad_rows(y, x.shape[0])
+
+
+def _plain_backward(dy, x, bias, num_tokens):
+    tokens, dy = head(num_tokens, x, dy)
+    z = _sum(tokens, bias)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    dz = torch.ops.aten.gelu_backward(dy.to(z.dtype), z)
+    return pad_rows(dz.to(x.dtype), x.shape[0]), dz.reshape(-1, x.shape[-1]).sum(0)
+
+
+# -- registration ---------------------------------------------------------------------------
+_gelu = define(
+    "gelu(Tensor x, Tensor? bias, Tensor? num_tokens) -> Tensor",
+    outputs=lambda x, bias, num_tokens: empty(x.shape, x, num_tokens),
+    launch=_forward,
+    plain=_plain,
+)
+_gelu_backward = define_plain(
+    "gelu_backward(Tensor dy, Tensor x, Tensor? bias, Tensor? num_tokens)"
+    " -> (Tensor dx, Tensor dbias)",
+    outputs=lambda dy, x, bias, num_tokens: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[-1], dtype=torch.float32),
+    ),
+    plain=_plain_backward,
+)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, num_tokens):
+        ctx.save_for_backward(x, bias, num_tokens)
+        return _gelu(x, bias, num_tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, bias, num_tokens = ctx.saved_tensors
+        dx, dbias = _gelu_backward(dy, x, bias, num_tokens)
+        return dx, None if bias is None else dbias.to(bias.dtype), None
+
+
+# -- public op ------------------------------------------------------------------------------
+def gelu(x, bias=None, num_tokens=None):
+    """Exact GELU of x + bias.
+
+    x           [..., N], fp32, fp16 or bf16
+    bias        [N], dtype of x; None adds nothing
+    num_tokens  [1] integer on the device of x [T, N]: rows past it are not read, and are zeros
+                in the result; None takes all rows
+
+    Returns [..., N] in the dtype of x, contiguous. Differentiable once, in x and bias. Rows may
+    lie any even distance apart; an input laid out otherwise is copied first. Raises ValueError
+    for any other shape or dtype.
+    """
+    if x.ndim == 0 or x.dtype not in DTYPES:
+        raise ValueError(f"gelu: x must be fp32, fp16 or bf16 [..., N], got {show(x)}")
+    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
+        want = show(x[..., :0].new_empty(x.shape[-1:]))
+        raise ValueError(f"gelu: bias must be {want} like the rows of x, got {show(bias)}")
+    check_num_tokens("gelu", num_tokens, x)
+    if torch.is_grad_enabled():
+        return _Gelu.apply(x, bias, num_tokens)
+    return _gelu(x, bias, num_tokens)
+
+
+# -- spec -----------------------------------------------------------------------------------
+def _inputs(dtype, device, shape, bias=True, scale=3.0):
+    return {
+        "x": (scale * torch.randn(shape, device=device)).to(dtype),
+        "bias": torch.randn(shape[-1], device=device).to(dtype) if bias else None,
+    }
+
+
+def _cost(itemsize, shape, bias=True, **_):
+    size = math.prod(shape)
+    return (8 + bias) * size, (2 * size + bias * shape[-1]) * itemsize
+
+
+SPEC = Spec(
+    fn=gelu,
+    ref=gelu_ref,
+    inputs=_inputs,
+    cost=_cost,
+    cases=(
+        {"shape": (4, 512)},
+        {"shape": (5, 1025)},  # just past a block
+        {"shape": (2, 3, 17)},
+        {"shape": (7, 1)},
+        {"shape": (11,), "bias": False},
+        {"shape": (0, 64)},
+        {"shape": (3, 64), "bias": False},
+        {"shape": (3, 64), "scale": 1e-6},
+        {"shape": (3, 64), "scale": 100.0},  # saturated on both sides
+    ),
+    bench=(
+        {"shape": (32 * 512, 1536)},
+        {"shape": (32 * 512, 3072)},  # BERT-base
+        {"shape": (32 * 512, 4096)},  # BERT-large
+    ),
+    rejects={
+        "x must be fp32, fp16 or bf16 [..., N], got float64[2, 3]": {"x": torch.ones(2, 3).double()},
+        "bias must be float32[512] like the rows of x, got float32[3]": {"bias": torch.ones(3)},
+        "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
+    },
+    packed=("x",),
+)

@@ -1,0 +1,254 @@
+"""Layer normalisation of a sum, as BERT's post-norm blocks need it.
+
+    h = x + residual
+    y = (h - mean(h)) * rstd * weight + bias        rstd = 1 / sqrt(var(h) + eps)
+
+Shapes     x, residual, y [..., N]; weight, bias [N]; N <= 8192. The leading dimensions are M
+           rows, possibly none. Without a residual, h is x.
+Precision  fp32 throughout, the sum h too. y is rounded once, to the dtype of x.
+Backward   with g = dy * weight, x_hat = (h - mean(h)) * rstd, means over N, sums over rows:
+           dx = dresidual = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+           dweight = sum(dy * x_hat), dbias = sum(dy); PyTorch in fp32, each rounded once.
+Source     Ba, Kiros, Hinton, Layer Normalization, 2016.
+"""
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .launch import (
+    DTYPES, check_num_tokens, define, define_plain, empty, head, pad_rows, rows, show, tl, triton,
+)
+from .spec import Spec
+
+MAX_N = 8192  # a program holds its whole row in registers
+
+
+# -- reference ------------------------------------------------------------------------------
+def layer_norm_ref(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
+    h = x if residual is None else x + residual
+    centred = h - h.mean(-1, keepdim=True)
+    var = centred.square().mean(-1, keepdim=True)
+    return centred * torch.rsqrt(var + eps) * weight + bias
+
+
+# -- kernels --------------------------------------------------------------------------------
+@triton.jit
+def load_row(ptr, offs_n, mask_n):
+    return tl.load(ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def normalize(h, mask_n, N, eps):
+    """(h - mean) * rstd of one row h [BLOCK_N]; zero past N."""
+    mean = tl.sum(h, axis=0) / N
+    # Two passes: where |mean| >> std, mean(h^2) - mean(h)^2 is nothing but rounding error.
+    centred = tl.where(mask_n, h - mean, 0.0)
+    return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [M, N]
+    weight_ptr,  # [N]
+    bias_ptr,  # [N]
+    residual_ptr,  # [M, N] or None
+    num_tokens_ptr,  # [1] or None
+    y_ptr,  # [M, N], contiguous
+    stride_xm, stride_rm,
+    N,
+    eps,
+    BLOCK_N: tl.constexpr,
+):
+    """Program m normalises row m."""
+    row = tl.program_id(0).to(tl.int64)  # row * stride may pass 2^31
+    if num_tokens_ptr is not None:
+        if row >= tl.load(num_tokens_ptr):
+            return
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    weight = load_row(weight_ptr, offs_n, mask_n)
+    bias = load_row(bias_ptr, offs_n, mask_n)
+    h = load_row(x_ptr + row * stride_xm, offs_n, mask_n)
+    if residual_ptr is not None:
+        h += load_row(residual_ptr + row * stride_rm, offs_n, mask_n)
+
+    y = normalize(h, mask_n, N, eps) * weight + bias
+
+    tl.store(y_ptr + row * N + offs_n, y, mask=mask_n)
+
+
+# -- launchers ------------------------------------------------------------------------------
+def row_config(N):
+    """8 elements a thread, which is one 16-byte load of fp16, up to 16 warps."""
+    BLOCK_N = triton.next_power_of_2(N)
+    return {"BLOCK_N": BLOCK_N, "num_warps": min(max(BLOCK_N // 256, 1), 16)}
+
+
+def _forward(y, x, weight, bias, residual, eps, num_tokens):
+    x, stride_xm = rows(x)
+    residual, stride_rm = rows(residual)
+    M, N = x.shape
+    if M:
+        _forward_kernel[(M,)](
+            x, weight.contiguous(), bias.contiguous(), residual, num_tokens, y,
+            stride_xm, stride_rm, N, eps, **row_config(N),
+        )
+
+
+def plain_layer_norm(h, weight, bias, eps, dtype):
+    """F.layer_norm of h, in the dtype h has, rounded once to dtype."""
+    y = F.layer_norm(h, weight.shape, weight.to(h.dtype), bias.to(h.dtype), eps)
+    return y.to(dtype)
+
+
+def _sum(x, residual):
+    """h in fp32, or in fp64 for fp64: x itself where nothing is to be done."""
+    h = x if x.dtype == torch.float64 else x.float()
+    return h if residual is None else h + residual
+
+
+def _plain(x, weight, bias, residual, eps, num_tokens):
+    M = len(x)
+    x, residual = head(num_tokens, x, residual)
+    return pad_rows(plain_layer_norm(_sum(x, residual), weight, bias, eps, x.dtype), M)
+
+
+def _plain_backward(dy, x, weight, residual, eps, num_tokens):
+    shape = x.shape
+    dy, x, residual = head(num_tokens, dy, x, residual)
+    dh, dweight, dbias = layer_norm_gradients(dy, _sum(x, residual), weight, eps)
+    dx = pad_rows(dh.to(x.dtype), shape[0]) if x.ndim > 1 else dh.to(x.dtype)
+    return dx, torch.stack((dweight, dbias))
+
+
+def layer_norm_gradients(dy, h, weight, eps):
+    """dh [..., N] and dweight, dbias [N], all in the dtype of h."""
+    dy = dy.to(h.dtype)
+    centred = h - h.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    x_hat = centred * rstd
+    g = dy * weight
+    dh = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
+    N = h.shape[-1]
+    return dh, (dy * x_hat).reshape(-1, N).sum(0), dy.reshape(-1, N).sum(0)
+
+
+# -- registration ---------------------------------------------------------------------------
+_layer_norm = define(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps,"
+    " Tensor? num_tokens) -> Tensor",
+    outputs=lambda x, weight, bias, residual, eps, num_tokens: empty(x.shape, x, num_tokens),
+    launch=_forward,
+    plain=_plain,
+)
+_layer_norm_backward = define_plain(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? residual, float eps,"
+    " Tensor? num_tokens) -> (Tensor dx, Tensor dparams)",
+    outputs=lambda dy, x, weight, residual, eps, num_tokens: (
+        x.new_empty(x.shape),
+        x.new_empty(2, x.shape[-1], dtype=torch.float32),
+    ),
+    plain=_plain_backward,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps, num_tokens):
+        ctx.save_for_backward(x, weight, residual, num_tokens)
+        ctx.eps = eps
+        return _layer_norm(x, weight, bias, residual, eps, num_tokens)
+
+    @staticmethod
+    @once_differentiable  # else a second derivative would be zeros and a warning
+    def backward(ctx, dy):
+        x, weight, residual, num_tokens = ctx.saved_tensors
+        dx, dparams = _layer_norm_backward(dy, x, weight, residual, ctx.eps, num_tokens)
+        dweight, dbias = dparams.to(weight.dtype).unbind()
+        return dx, dweight, dbias, None if residual is None else dx, None, None
+
+
+# -- public op ------------------------------------------------------------------------------
+def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
+    """Layer norm of x + residual over the last dimension.
+
+    x             [..., N], fp32, fp16 or bf16, 1 <= N <= 8192
+    weight, bias  [N], one dtype
+    residual      shape and dtype of x; None adds nothing
+    eps           added to the variance, so in units of x squared; BERT's by default
+    num_tokens    [1] integer on the device of x [T, N]: rows past it are not read, and are
+                  zeros in the result; None takes all rows
+
+    Returns [..., N] in the dtype of x, contiguous. Differentiable once, in x, weight, bias and
+    residual. Rows may lie any even distance apart; an input laid out otherwise is copied first.
+    Raises ValueError for any other shape or dtype.
+    """
+    N = x.shape[-1]
+    if not 1 <= N <= MAX_N:
+        raise ValueError(f"layer_norm: x must be [..., 1 to {MAX_N}], got {show(x)}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"layer_norm: x must be fp32, fp16 or bf16, got {show(x)}")
+    if not weight.shape == bias.shape == (N,) or weight.dtype != bias.dtype:
+        got = f"{show(weight)} and {show(bias)}"
+        raise ValueError(f"layer_norm: weight and bias must be [{N}] in one dtype, got {got}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"layer_norm: residual must be {show(x)} like x, got {show(residual)}")
+    check_num_tokens("layer_norm", num_tokens, x)
+    if torch.is_grad_enabled():
+        return _LayerNorm.apply(x, weight, bias, residual, eps, num_tokens)
+    # apply costs 5 us even to record nothing
+    return _layer_norm(x, weight, bias, residual, eps, num_tokens)
+
+
+# -- spec -----------------------------------------------------------------------------------
+def _inputs(dtype, device, shape, residual=True, eps=1e-12, weight_dtype=None):
+    return {
+        # |mean| >> std, where a one-pass variance fails
+        "x": torch.randn(shape, device=device).to(dtype) + 100,
+        "weight": torch.randn(shape[-1], device=device).to(weight_dtype or dtype),
+        "bias": torch.randn(shape[-1], device=device).to(weight_dtype or dtype),
+        "residual": torch.randn(shape, device=device).to(dtype) if residual else None,
+        "eps": eps,
+    }
+
+
+def _cost(itemsize, shape, residual=True, **_):
+    size = math.prod(shape)
+    return (7 + residual) * size, ((2 + residual) * size + 2 * shape[-1]) * itemsize
+
+
+SPEC = Spec(
+    fn=layer_norm,
+    ref=layer_norm_ref,
+    inputs=_inputs,
+    cost=_cost,
+    cases=(
+        {"shape": (4, 768)},
+        {"shape": (7, 100), "residual": False},
+        {"shape": (2, 3, 129)},
+        {"shape": (3, 8192)},
+        {"shape": (64,)},
+        {"shape": (5, 1)},
+        {"shape": (0, 64)},
+        {"shape": (37, 7)},
+        {"shape": (3, 64), "eps": 1.0},  # large enough to show
+        {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
+    ),
+    bench=(
+        {"shape": (32 * 512, 384)},
+        {"shape": (32 * 512, 768)},  # BERT-base
+        {"shape": (32 * 512, 1024)},  # BERT-large
+        {"shape": (1024, 8192)},  # the widest
+    ),
+    rejects={
+        "x must be [..., 1 to 8192], got float32[2, 8193]": {"x": torch.ones(2, 8193)},
+        "x must be fp32, fp16 or bf16, got int64[4, 768]": {"x": torch.ones(4, 768).long()},
+        "weight and bias must be [768] in one dtype, got float32[3]": {"weight": torch.ones(3)},
+        "residual must be float32[4, 768]": {"residual": torch.ones(768)},
+        "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
+    },
+    packed=("x", "residual"),
+)

@@ -1,0 +1,26 @@
+"""Spec: one op as data. Tests, benchmarks and the compile check know an op by this alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A case is a dict of plain values, given to `inputs` and `cost` as keywords."""
+
+    fn: Callable  # the public op
+    ref: Callable  # its definition in plain PyTorch: same signature, any floating dtype
+    inputs: Callable  # (dtype, device, **case) -> keywords of fn and ref
+    cost: Callable  # (itemsize, **case) -> (flops, bytes moved) of one forward call
+    cases: tuple[Mapping, ...]  # small, for the interpreter: a typical one, then every edge
+    bench: tuple[Mapping, ...]  # real sizes, for benchmarks and the compile check
+    rejects: Mapping[str, Mapping]  # start of a ValueError's text -> keywords that raise it
+    packed: tuple[str, ...] = ()  # inputs with a row for each token: past num_tokens never read
+    rounds_inside: bool = False  # judged against the definition in the same dtype, not in fp32
+
+    @property
+    def name(self):
+        return self.fn.__name__
+
+    def label(self, case):
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in case.items())})"

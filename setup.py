@@ -1,0 +1,7 @@
+from setuptools import setup
+
+setup(
+    packages=["bert_fast", "bert_fast.kernels"],
+    package_dir={"bert_fast.kernels": "kernels"},
+    package_data={"bert_fast": ["py.typed", "checkpoint/*"]},
+)

@@ -1,0 +1,27 @@
+"""Where tests run: on the GPU if there is one, else on the CPU's own implementations, or with
+TRITON_INTERPRET=1 on the Triton kernels in the interpreter. `make test` does the last two.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make the checkpoints they need
+
+import pytest
+import torch
+
+from bert_fast.kernels.launch import INTERPRET
+
+GPU = torch.cuda.is_available() and not INTERPRET
+
+
+@pytest.fixture
+def device():
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def poisoned():
+    """Uninitialised memory is NaN (integers: their maximum), so that a result nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,248 @@
+"""Every op of SPECS against its definition, through autograd and through torch.compile.
+
+    pytest tests/test_ops.py                        the CPU's implementations; on a GPU, the kernels
+    TRITON_INTERPRET=1 pytest tests/test_ops.py     the kernels, in Triton's interpreter
+
+The interpreter is wrong for bf16 (it truncates where a GPU rounds, and multiplies raw bits), so
+bf16 is for the other two.
+"""
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from bert_fast.kernels import SPECS
+from bert_fast.kernels.launch import INTERPRET
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GPU = torch.cuda.is_available() and not INTERPRET
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRET)
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
+
+
+def cases(first=None, packed=False):
+    """(spec, case) as pytest parameters: all cases of each op, or its first few."""
+    return [
+        pytest.param(s, c, id=s.label(c))
+        for s in SPECS
+        if s.packed or not packed
+        for c in s.cases[:first]
+    ]
+
+
+def inputs_of(spec, case, dtype=torch.float32):
+    torch.manual_seed(0)
+    return spec.inputs(dtype, DEVICE, **case)
+
+
+def is_float(t):
+    return isinstance(t, torch.Tensor) and t.is_floating_point()
+
+
+def results(spec, fn, inputs, dtype=None, layout=lambda t, i: t, dout_rows=None):
+    """fn's outputs and gradients; inputs are cast to dtype if given, and laid out by layout.
+
+    dout_rows: rows of the output that get a gradient; those past it get NaN.
+    """
+    laid = {
+        k: layout(t.to(dtype) if dtype and is_float(t) else t, i)
+        for i, (k, t) in enumerate(inputs.items(), start=1)
+        if isinstance(t, torch.Tensor)
+    }
+    leaves = {k: t.detach().requires_grad_() for k, t in laid.items() if is_float(t)}
+    out = fn(**{**inputs, **laid, **leaves})
+    if isinstance(out, tuple):
+        return dict(zip(out._fields, out))
+    torch.manual_seed(1)
+    shape = (out.shape[0] if dout_rows is None else dout_rows, *out.shape[1:])
+    dout = torch.randint(-8, 9, shape, device=out.device).to(out.dtype) / 4  # exact in every dtype
+    if shape != out.shape:
+        past = dout.new_full((out.shape[0] - dout_rows, *out.shape[1:]), torch.nan)
+        dout = torch.cat((dout, past))
+    if not out.requires_grad:
+        return {"output": out}
+    grads = torch.autograd.grad(out, list(leaves.values()), layout(dout, 0), allow_unused=True)
+    grads = {f"gradient of {k}": g for k, g in zip(leaves, grads) if g is not None}
+    return {"output": out.detach(), **grads}
+
+
+def assert_matches_definition(spec, case, dtype, **layout):
+    """Every result is that of fp32 arithmetic, rounded once.
+
+    So the allowance is measured, not chosen: one ulp of each number for the rounding, and four
+    times what fp32 costs the definition itself, which fp64 on the same inputs tells. An op that
+    must round inside may err as much as its definition does in the same dtype.
+    """
+    inputs = inputs_of(spec, case, dtype)
+    exact = results(spec, spec.ref, inputs, torch.float64)
+    fp32 = results(spec, spec.ref, inputs, torch.float32)
+    ours = results(spec, spec.fn, inputs, **layout)
+    assert ours.keys() >= exact.keys()  # no sequences at all: the definition records no gradient
+    for name, truth in exact.items():
+        result = ours[name]
+        assert result.shape == truth.shape, name
+        if not result.is_floating_point():
+            assert result.dtype == truth.dtype, name
+            assert torch.equal(result, truth), name
+        elif result.numel():
+            assert result.dtype == (dtype if name == "output" else inputs[name[12:]].dtype)
+            cost = (fp32[name] - truth).abs().max()
+            floor = torch.finfo(torch.float32).eps * truth.abs().max()
+            rtol = torch.finfo(result.dtype).eps
+            if spec.rounds_inside and dtype != torch.float32:
+                same = results(spec, spec.ref, inputs)[name]
+                cost, rtol = (same.double() - truth).abs().max() / 4, 0
+            torch.testing.assert_close(
+                result.double(),
+                truth,
+                rtol=rtol,
+                atol=(4 * cost + floor).item(),
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec, case", cases())
+def test_matches_definition(spec, case, dtype):
+    assert_matches_definition(spec, case, dtype)
+
+
+# A layout takes a tensor and its place among the inputs: no two strides may agree by chance.
+def rows_apart(t, i):
+    return torch.nn.functional.pad(t, (0, 1 + i))[..., : t.shape[-1]] if t.ndim > 1 else t
+
+
+def columns_apart(t, i):
+    if t.dtype == torch.int32 and t.ndim == 1:
+        return t  # cu_seqlens is contiguous by contract
+    return t.repeat_interleave(2 + i, dim=-1)[..., :: 2 + i]
+
+
+def batch_inside(t, i):
+    return t.movedim(0, -2).contiguous().movedim(-2, 0) if t.ndim > 2 else t
+
+
+LAYOUTS = (rows_apart, columns_apart, batch_inside)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spec, case", cases(first=2))
+def test_any_layout(spec, case, layout):
+    assert_matches_definition(spec, case, torch.float32, layout=layout)
+
+
+@pytest.mark.parametrize("spec, case", cases(first=2, packed=True))
+def test_rows_past_num_tokens_are_not_read_and_zero(spec, case):
+    inputs = inputs_of(spec, case)
+    expected = results(spec, spec.fn, inputs)
+    rows = len(inputs[spec.packed[0]])
+    further = dict(inputs)
+    for name in spec.packed:
+        if (t := inputs[name]) is not None:
+            poison = torch.nan if t.is_floating_point() else 2**30
+            further[name] = torch.cat((t, t.new_full((3, *t.shape[1:]), poison)))
+    if "num_tokens" in inspect.signature(spec.fn).parameters:
+        further["num_tokens"] = torch.tensor([rows], dtype=torch.int32, device=DEVICE)
+    ours = results(spec, spec.fn, further, dout_rows=len(expected["output"]))
+    assert ours.keys() == expected.keys()
+    for name, result in ours.items():
+        assert torch.equal(result[: len(expected[name])], expected[name]), name
+        assert not result[len(expected[name]) :].any(), name
+
+
+@pytest.mark.parametrize("spec, case", cases(first=1, packed=True))
+def test_rows_may_lie_2_to_31_elements_apart(spec, case):
+    """Only the pages that are touched take memory, on the CPU."""
+    need = 2**31 * 4 * 3
+    if GPU and torch.cuda.mem_get_info()[0] < 2 * need:
+        pytest.skip("needs 52 GB of free GPU memory")
+    torch.use_deterministic_algorithms(False)  # it would touch every page
+    inputs = inputs_of(spec, case, torch.float16)
+    expected = spec.fn(**inputs)
+    name = next(k for k in spec.packed if inputs[k] is not None)
+    t = inputs[name]
+    if not t.is_floating_point():
+        pytest.skip("its packed input is an index, one number a row")
+    count = min(len(t), 3)
+    keep = {k: v[:count] if k in spec.packed and v is not None else v for k, v in inputs.items()}
+    if "cu_seqlens" in keep:
+        keep["cu_seqlens"] = torch.tensor([0, count], dtype=torch.int32, device=DEVICE)
+    if "packed_row" in keep:
+        keep["packed_row"] = torch.where(keep["packed_row"] < count, keep["packed_row"], -1)
+    expected = spec.fn(**keep)
+    apart = torch.empty((count - 1) * 2**31 + t[0].numel(), dtype=t.dtype, device=DEVICE)
+    apart = apart.as_strided((count, *t.shape[1:]), (2**31, *t[0].contiguous().stride()))
+    apart.copy_(t[:count])
+    assert torch.equal(spec.fn(**{**keep, name: apart}), expected)
+
+
+@pytest.mark.parametrize("spec, case", cases(first=2))
+def test_torch_library_contract(spec, case):
+    """opcheck passes for each op that one call and its backward dispatch, as they call it."""
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.namespace == "bert_fast":
+                calls.append((op, [a.detach() if isinstance(a, torch.Tensor) else a for a in args]))
+            return op(*args, **(kwargs or {}))
+
+    torch.use_deterministic_algorithms(False)
+    with Record():
+        results(spec, spec.fn, inputs_of(spec, case))
+    assert calls
+    for op, args in calls:
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("spec, case", cases(first=1))
+def test_compiles_to_one_graph(spec, case):
+    inputs = inputs_of(spec, case)
+    expected = results(spec, spec.fn, inputs)
+    compiled = torch.compile(spec.fn, backend="aot_eager", fullgraph=True)
+    for name, ours in results(spec, compiled, inputs).items():
+        assert torch.equal(ours, expected[name]), name
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.packed], ids=lambda s: s.name)
+def test_second_derivative_raises(spec):
+    inputs = inputs_of(spec, spec.cases[0])
+    leaf = next(t for t in inputs.values() if is_float(t)).requires_grad_()
+    (grad,) = torch.autograd.grad(spec.fn(**inputs).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), leaf)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_rejects(spec):
+    for message, keywords in spec.rejects.items():
+        keywords = {k: t.to(DEVICE) if torch.is_tensor(t) else t for k, t in keywords.items()}
+        with pytest.raises(ValueError) as caught:
+            spec.fn(**{**inputs_of(spec, spec.cases[0]), **keywords})
+        said = str(caught.value).replace(" on cuda:0", "")
+        assert said.startswith(f"{spec.name}: {message}")
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_signature_is_that_of_the_definition(spec):
+    assert inspect.signature(spec.fn) == inspect.signature(spec.ref)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_cost_is_positive_and_grows_with_the_itemsize(spec):
+    for case in spec.bench:
+        (flops, two), (_, four) = spec.cost(2, **case), spec.cost(4, **case)
+        assert flops >= 0
+        assert 0 < two <= four
+
+
+def test_poison_shows_a_result_that_was_not_written():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert torch.empty(3, device=DEVICE).isnan().all()
