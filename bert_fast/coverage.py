@@ -24,6 +24,7 @@ MODULES = {  # what the encoder may be made of: exactly these, no subclass
     stock.BertCrossAttention, nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout,
     EXACT_GELU,
 }  # fmt: skip
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ATTENTIONS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None}
 # Keywords of transformers that a forward may carry without any effect on the encoder.
 HARMLESS = {
@@ -95,35 +96,40 @@ def asked(model, kwargs, name):
 
 
 def _first_reason(model, dtype, device, hooks):
-    for name in ("embeddings", "encoder"):
-        todo = [(name, model._modules[name])]
-        while todo:
-            path, module = todo.pop()
-            if reason := _reason_of_module(module, dtype, device, hooks):
-                return f"{path}: {reason}"
-            todo += [(f"{path}.{k}", m) for k, m in module._modules.items()]
+    index = device.index if device.type == "cuda" else -1  # as Tensor.get_device has it
+    todo = [model._modules["embeddings"], model._modules["encoder"]]
+    for module in todo:
+        if reason := _reason_of_module(module, dtype, index, hooks):
+            path = next(path for path, m in model.named_modules() if m is module)
+            return f"{path}: {reason}"
+        todo += module._modules.values()
     return None
 
 
-def _reason_of_module(module, dtype, device, hooks):
+def _reason_of_module(module, dtype, device_index, hooks):
+    """As reason_of_model, of one module of the encoder. Called for each at each call: 1 us."""
     kind = type(module)
-    state = module.__dict__
     if kind not in MODULES:
         return f"{kind.__module__}.{kind.__qualname__}"
+    state = module.__dict__
     if "forward" in state:
         return "forward replaced on the module"
     if hooks and (
-        state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-        or any(map(_is_foreign_hook, state["_forward_hooks"].values()))
-    ):  # fmt: skip
-        return "hooks, which the kernels would not run"
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        recorders = [h for h in state["_forward_hooks"].values() if _is_recorder(h)]
+        if len(recorders) != sum(len(state[name]) for name in HOOKS):
+            return "hooks, which the kernels would not run"
     for p in state["_parameters"].values():
         if p is None:
             return "no bias or weight"
-        if type(p) not in (nn.Parameter, torch.Tensor):
+        if type(p) is not nn.Parameter and type(p) is not torch.Tensor:
             return f"weights of type {type(p).__name__}"
-        if p.dtype != dtype or p.device != device:
-            return f"{p.dtype} on {p.device} beside {dtype} on {device}"
+        if p.dtype is not dtype or p.get_device() != device_index:
+            return f"{p.dtype} on {p.device} beside {dtype} on the model's device"
     if kind is nn.Dropout:
         if module.training and module.p > 0:
             return f"training with dropout {module.p:g}"
@@ -138,7 +144,7 @@ def _reason_of_module(module, dtype, device, hooks):
     return None
 
 
-def _is_foreign_hook(hook):
-    """Whether a forward hook is anyone's but transformers' own output recorder, which sleeps until
-    outputs are asked for."""
-    return output_capturing is None or hook.__module__ != output_capturing.__name__
+def _is_recorder(hook):
+    """Whether a forward hook is transformers' own output recorder, which sleeps until outputs are
+    asked for."""
+    return output_capturing is not None and hook.__module__ == output_capturing.__name__

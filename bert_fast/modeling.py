@@ -117,6 +117,9 @@ def _add_norm(output, h, residual, tokens):
 
 
 # -- q, k, v as one product -----------------------------------------------------------------
+_moving = threading.Lock()
+
+
 class _AsOne(torch.autograd.Function):
     """`stacked`, which parts are the rows of: gradients go to the parts."""
 
@@ -141,12 +144,14 @@ def as_one(*parts):
     if torch.compiler.is_compiling():
         return torch.cat(parts)
     if not _adjacent(parts):
-        if not all(map(_movable, parts)):
-            return torch.cat(parts)
-        with torch.inference_mode(False), torch.no_grad():
-            rows = torch.cat(parts).split([len(p) for p in parts])
-            for p, row in zip(parts, rows):
-                p.data = row
+        with _moving:  # another thread may have moved them meanwhile
+            if not _adjacent(parts):
+                if not all(map(_movable, parts)):
+                    return torch.cat(parts)
+                with torch.inference_mode(False), torch.no_grad():
+                    rows = torch.cat(parts).split([len(p) for p in parts])
+                for p, row in zip(parts, rows):
+                    p.data = row
     first = parts[0].detach()
     stacked = first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
     if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
@@ -262,7 +267,7 @@ class BertModel(transformers.BertModel):
         B, S = (inputs_embeds if input_ids is None else input_ids).shape[:2]
         device = self.embeddings.word_embeddings.weight.device
         if attention_mask is not None:
-            attention_mask = attention_mask.to(device).expand(B, S)
+            attention_mask = attention_mask.to(device)  # stock moves it too
         tokens = Tokens(attention_mask, B, S, device)
         x = embed(self.embeddings, input_ids, inputs_embeds, token_type_ids, position_ids, tokens)
         states = [x]
@@ -315,7 +320,7 @@ def _check(model, input_ids, attention_mask, token_type_ids, position_ids, input
         raise ValueError(f"BertModel: {name} has length 0; the pooler needs a first position")
     if attention_mask is not None:
         shape = list(attention_mask.shape)
-        if attention_mask.ndim != 2 or shape[0] not in (B, 1):
+        if attention_mask.ndim != 2 or shape[0] != B:
             raise ValueError(f"BertModel: attention_mask must be [{B}, {S}] like {name}, got {shape}")
         if shape[1] != S:
             return "attention_mask of another length than the input"

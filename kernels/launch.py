@@ -27,6 +27,7 @@ INTERPRET = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU; older ones lack bf16 tensor cores and cp.async
 
 LIB = torch.library.Library("bert_fast", "FRAGMENT")
+KERNELS = {}  # the Triton form of each op by name, for checks that compile it without a GPU
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take; all accumulate in fp32
 
 
@@ -80,6 +81,7 @@ def define(schema, outputs, launch, plain):
         return out
 
     name = schema.partition("(")[0]
+    KERNELS[name] = kernel
     LIB.define(schema)
     LIB.impl(name, kernel, "CUDA")
     LIB.impl(name, kernel if INTERPRET else plain, "CPU")

@@ -23,4 +23,12 @@ class Spec:
         return self.fn.__name__
 
     def label(self, case):
-        return f"{self.name}({', '.join(f'{k}={v}' for k, v in case.items())})"
+        return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in case.items())})"
+
+
+def _short(value):
+    """str, but a long tuple as its range and count, and a dtype without its module."""
+    if isinstance(value, tuple) and len(value) > 8:
+        values = sorted(set(value))
+        return f"{values[0]}..{values[-1]} * {len(value)}"
+    return str(value).removeprefix("torch.")

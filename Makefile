@@ -1,0 +1,49 @@
+# make demo   set up .venv and run BERT on the shipped checkpoint
+# make test   set up .venv and run the tests
+# make bench  time ops and models on the device that is there
+# make gpu    on a GPU: the tests on the real kernels and the benchmark, into bench/results/
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The folder kernels/ must not be importable as `kernels`, a distribution that transformers looks for.
+export PYTHONSAFEPATH := 1
+# Triton 3.10 turns the fusion of a * b + c off; the kernels are written and checked with it on.
+export TRITON_DEFAULT_FP_FUSION := 1
+
+.PHONY: demo test test-interpreter test-native bench gpu checkpoint lint clean
+
+demo: .venv/ready
+	$(BIN)/bert-fast demo
+
+test: test-interpreter test-native
+
+# The Triton kernels, run by Triton's interpreter on the CPU.
+test-interpreter: .venv/ready
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_ops.py tests/test_modeling.py
+
+# The CPU's own implementations, or the kernels on a GPU; and everything else.
+test-native: .venv/ready
+	$(BIN)/pytest
+
+bench: .venv/ready
+	$(BIN)/python -m bench all
+
+# No set-up: a machine with a GPU brings its own torch and triton.
+gpu:
+	$(PYTHON) -m bench gpu
+
+checkpoint: .venv/ready
+	$(BIN)/python training/train.py
+
+lint: .venv/ready
+	$(BIN)/pip install -q -c constraints.txt ruff
+	$(BIN)/ruff check .
+
+.venv/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info
