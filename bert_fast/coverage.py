@@ -12,7 +12,7 @@ from transformers.models.bert import modeling_bert as stock
 from .kernels import missing
 from .kernels.launch import DTYPES
 
-try:  # since transformers 5.2; before, recording replaces `forward` on the modules, which is seen
+try:  # in later transformers 5; before, recording replaces `forward` on the modules meanwhile
     from transformers.utils import output_capturing
 except ImportError:
     output_capturing = None
@@ -33,7 +33,7 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def reason_of_call(model, attention_mask, encoder_hidden_states, past_key_values, use_cache, kwargs):
+def reason_of_call(model, mask, encoder_hidden_states, past_key_values, use_cache, kwargs):
     """Why the kernels do not cover this call of `model`; None where they do."""
     config = model.config
     if asked(model, kwargs, "output_attentions"):
@@ -48,11 +48,11 @@ def reason_of_call(model, attention_mask, encoder_hidden_states, past_key_values
         return "use_cache in a decoder"
     if encoder_hidden_states is not None:
         return "encoder_hidden_states"
-    if attention_mask is not None:
-        if not isinstance(attention_mask, torch.Tensor):
-            return f"attention_mask of type {type(attention_mask).__name__}"
-        if attention_mask.ndim > 2:
-            return f"{attention_mask.ndim}-D attention_mask"
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor):
+            return f"attention_mask of type {type(mask).__name__}"
+        if mask.ndim > 2:
+            return f"{mask.ndim}-D attention_mask"
     for name, value in kwargs.items():
         if name not in HARMLESS and value is not None:
             return f"keyword {name}"
@@ -112,7 +112,7 @@ def _reason_of_module(module, dtype, device_index, hooks):
     if kind not in MODULES:
         return f"{kind.__module__}.{kind.__qualname__}"
     state = module.__dict__
-    if "forward" in state:
+    if "forward" in state and state["forward"] != kind.forward.__get__(module):
         return "forward replaced on the module"
     if hooks and (
         state["_forward_hooks"]

@@ -134,7 +134,7 @@ class _AsOne(torch.autograd.Function):
 
 
 def as_one(*parts):
-    """The parameters parts [N, ...] as one tensor [len(parts) * N, ...], without a copy if possible.
+    """The parameters parts [N, ...] as one tensor [len(parts) * N, ...], with no copy if possible.
 
     The first call moves the parameters into one storage, in which they stay rows of one tensor: the
     same parameters under the same names, no memory more, and never out of date whoever writes to
@@ -190,7 +190,7 @@ def split_storage(model):
 
 # -- counting -------------------------------------------------------------------------------
 class Calls:
-    """How often a model ran on the kernels, and how often on the stock forward, for which reason."""
+    """How often a model ran on the kernels, and how often on the stock forward, and why."""
 
     def __init__(self):
         self.fast = 0
@@ -247,7 +247,9 @@ class BertModel(transformers.BertModel):
             self, attention_mask, encoder_hidden_states, past_key_values, use_cache, kwargs
         ) or reason_of_model(self)
         if reason is None:
-            reason = _check(self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+            reason = _check(
+                self, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+            )
         if not torch.compiler.is_compiling():
             calls_of(self).count(reason)
         if reason is not None:
@@ -294,8 +296,10 @@ def _check(model, input_ids, attention_mask, token_type_ids, position_ids, input
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"BertModel: give input_ids or inputs_embeds, one of them; got {given}")
-    name, x = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-    want, ndim = ("[batch, length]", 2) if inputs_embeds is None else ("[batch, length, hidden]", 3)
+    if inputs_embeds is None:
+        name, x, want, ndim = "input_ids", input_ids, "[batch, length]", 2
+    else:
+        name, x, want, ndim = "inputs_embeds", inputs_embeds, "[batch, length, hidden]", 3
     if x.ndim != ndim:
         raise ValueError(f"BertModel: {name} must be {want}, got {list(x.shape)}")
     B, S = x.shape[:2]
@@ -311,7 +315,7 @@ def _check(model, input_ids, attention_mask, token_type_ids, position_ids, input
     if inputs_embeds is not None and inputs_embeds.dtype != weight.dtype:
         return f"inputs_embeds in {inputs_embeds.dtype}, weights in {weight.dtype}"
     limit = len(model.embeddings.position_embeddings.weight)
-    if position_ids is None and S > limit:
+    if position_ids is None and limit < S:
         raise ValueError(
             f"BertModel: the model has {limit} positions (max_position_embeddings), {name} has {S};"
             " truncate with tokenizer(..., truncation=True) or split the text"
@@ -321,7 +325,8 @@ def _check(model, input_ids, attention_mask, token_type_ids, position_ids, input
     if attention_mask is not None:
         shape = list(attention_mask.shape)
         if attention_mask.ndim != 2 or shape[0] != B:
-            raise ValueError(f"BertModel: attention_mask must be [{B}, {S}] like {name}, got {shape}")
+            want = f"[{B}, {S}] like {name}"
+            raise ValueError(f"BertModel: attention_mask must be {want}, got {shape}")
         if shape[1] != S:
             return "attention_mask of another length than the input"
     for other_name, t in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):

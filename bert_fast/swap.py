@@ -63,7 +63,8 @@ def restore(model):
 
 def _is_telling(module):
     """Whether a module's class tells a user what the model is: transformers' models, and roots."""
-    return isinstance(module, transformers.PreTrainedModel) or type(module).__name__.endswith("Model")
+    name = type(module).__name__
+    return isinstance(module, transformers.PreTrainedModel) or name.endswith("Model")
 
 
 @functools.cache

@@ -23,9 +23,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .launch import (
-    DTYPES, check_num_tokens, define, define_plain, empty, pad_rows, show, tl, triton,
-)
+from . import launch
+from .launch import DTYPES, show, tl, triton
 from .spec import Spec
 
 MAX_D = 256
@@ -251,7 +250,7 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
     if not parts:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     o = (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
-    return pad_rows(o, len(q))
+    return launch.pad_rows(o, len(q))
 
 
 def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):
@@ -274,17 +273,17 @@ def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):
 
 
 # -- registration ---------------------------------------------------------------------------
-_attention = define(
+_attention = launch.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k,"
     " SymInt max_seqlen, SymInt? max_seqlen_k, bool causal, float scale, Tensor? num_tokens)"
     " -> Tensor",
-    outputs=lambda q, k, v, cu, cu_k, max_q, max_k, causal, scale, num_tokens: empty(
+    outputs=lambda q, k, v, cu, cu_k, max_q, max_k, causal, scale, num_tokens: launch.empty(
         q.shape, q, num_tokens
     ),
     launch=_forward,
     plain=_plain,
 )
-_attention_backward = define_plain(
+_attention_backward = launch.define_plain(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens,"
     " Tensor? cu_seqlens_k, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
     outputs=lambda do, q, k, v, *_: (
@@ -350,7 +349,7 @@ def attention(
             raise ValueError(f"attention: {name} must be int32[B + 1], got {show(t)}")
         if t.device != q.device:
             raise ValueError(f"attention: {name} must be on {q.device} like q, got {show(t)}")
-    check_num_tokens("attention", num_tokens, q)
+    launch.check_num_tokens("attention", num_tokens, q)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     args = (
         q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, num_tokens,

@@ -19,11 +19,16 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .launch import (
-    DTYPES, check_num_tokens, define, define_plain, empty, head, pad_rows, show, tl, triton,
-)
+from . import launch
+from .launch import DTYPES, show, tl, triton
 from .layer_norm import (
-    MAX_N, layer_norm_gradients, layer_norm_ref, load_row, normalize, plain_layer_norm, row_config,
+    MAX_N,
+    layer_norm_gradients,
+    layer_norm_ref,
+    load_row,
+    normalize,
+    plain_layer_norm,
+    row_config,
 )
 from .spec import Spec
 
@@ -127,9 +132,9 @@ def _packed(ids, row_index, num_tokens):
     """ids [B, S, ...] at the tokens: [T, ...]."""
     if ids is None:
         return None
-    (row_index,) = head(num_tokens, row_index)
+    (row_index,) = launch.head(num_tokens, row_index)
     ids = ids.flatten(0, 1)
-    return head(num_tokens, ids)[0] if row_index is None else ids[row_index]
+    return launch.head(num_tokens, ids)[0] if row_index is None else ids[row_index]
 
 
 def _positions(shape, row_index, num_tokens, device):
@@ -178,7 +183,7 @@ def _plain(
                     f" got {low if low < 0 else high}"
                 )
     h = _sum(x, types, positions, word, token_type, position)
-    return pad_rows(plain_layer_norm(h, weight, bias, eps, word.dtype), T)
+    return launch.pad_rows(plain_layer_norm(h, weight, bias, eps, word.dtype), T)
 
 
 def _plain_backward(
@@ -189,7 +194,7 @@ def _plain_backward(
         input_ids, inputs_embeds, token_type_ids, position_ids, row_index, num_tokens
     )
     h = _sum(x, types, positions, word, token_type, position)
-    (dy,) = head(num_tokens, dy)
+    (dy,) = launch.head(num_tokens, dy)
     dh, dweight, dbias = layer_norm_gradients(dy, h, weight, eps)
 
     def scatter(ids, table):
@@ -206,7 +211,7 @@ def _plain_backward(
         dembeds = dword.new_empty(0)
     else:
         dword = word.new_empty(0)
-        (row_index,) = head(num_tokens, row_index)
+        (row_index,) = launch.head(num_tokens, row_index)
         dembeds = dh.new_zeros(inputs_embeds.shape).flatten(0, 1)
         rows = torch.arange(len(dh), device=dh.device) if row_index is None else row_index.long()
         dembeds = dembeds.index_copy_(0, rows, dh).view(inputs_embeds.shape).to(dy.dtype)
@@ -226,7 +231,7 @@ def _outputs(
 ):
     given = inputs_embeds if input_ids is None else input_ids
     T = given.shape[0] * given.shape[1] if row_index is None else row_index.shape[0]
-    return empty((T, word.shape[1]), word, num_tokens)
+    return launch.empty((T, word.shape[1]), word, num_tokens)
 
 
 def _backward_outputs(
@@ -242,14 +247,14 @@ def _backward_outputs(
     )
 
 
-_embedding = define(
+_embedding = launch.define(
     f"embedding({_TENSORS}, Tensor bias, int? padding_idx, float eps, Tensor? num_tokens)"
     " -> Tensor",
     outputs=_outputs,
     launch=_forward,
     plain=_plain,
 )
-_embedding_backward = define_plain(
+_embedding_backward = launch.define_plain(
     f"embedding_backward(Tensor dy, {_TENSORS}, int? padding_idx, float eps, Tensor? num_tokens)"
     " -> (Tensor dword, Tensor dembeds, Tensor dposition, Tensor dtype, Tensor dparams)",
     outputs=_backward_outputs,
@@ -260,7 +265,7 @@ _embedding_backward = define_plain(
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        *tensors, bias, padding_idx, eps, num_tokens = args
+        *tensors, _, padding_idx, eps, num_tokens = args
         ctx.save_for_backward(*tensors, num_tokens)
         ctx.padding_idx, ctx.eps = padding_idx, eps
         return _embedding(*args)
@@ -328,7 +333,8 @@ def embedding(
                 f" got {show(inputs_embeds)}"
             )
     elif input_ids.ndim != 2 or input_ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"embedding: input_ids must be int32 or int64 [B, S], got {show(input_ids)}")
+        got = show(input_ids)
+        raise ValueError(f"embedding: input_ids must be int32 or int64 [B, S], got {got}")
     B, S = (inputs_embeds if input_ids is None else input_ids).shape[:2]
     if position_ids is None and S > len(position):
         raise ValueError(
@@ -343,7 +349,7 @@ def embedding(
         row_index.ndim != 1 or row_index.dtype not in (torch.int32, torch.int64)
     ):
         raise ValueError(f"embedding: row_index must be integer [T], got {show(row_index)}")
-    check_num_tokens("embedding", num_tokens, word)
+    launch.check_num_tokens("embedding", num_tokens, word)
     args = (
         input_ids, inputs_embeds, token_type_ids, position_ids, row_index, word, position,
         token_type, weight, bias, padding_idx, eps, num_tokens,

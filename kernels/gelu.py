@@ -17,9 +17,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .launch import (
-    DTYPES, check_num_tokens, define, define_plain, empty, head, pad_rows, rows, show, tl, triton,
-)
+from . import launch
+from .launch import DTYPES, show, tl, triton
 from .spec import Spec
 
 
@@ -66,7 +65,7 @@ def _config(N):
 
 
 def _forward(y, x, bias, num_tokens):
-    x, stride_xm = rows(x)
+    x, stride_xm = launch.rows(x)
     M, N = x.shape
     config = _config(N)
     if M:
@@ -76,32 +75,32 @@ def _forward(y, x, bias, num_tokens):
 
 
 def _sum(x, bias):
-    """z in fp32, or fp64 for fp64; x itself where nothing is added, since F.gelu widens by itself."""
+    """z in fp32, or fp64 for fp64; x itself where nothing is added, as F.gelu widens by itself."""
     return x if bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + bias
 
 
 def _plain(x, bias, num_tokens):
-    (tokens,) = head(num_tokens, x)
+    (tokens,) = launch.head(num_tokens, x)
     y = F.gelu(_sum(tokens, bias)).to(x.dtype)
-    return pad_rows(y, x.shape[0])
+    return launch.pad_rows(y, x.shape[0])
 
 
 def _plain_backward(dy, x, bias, num_tokens):
-    tokens, dy = head(num_tokens, x, dy)
+    tokens, dy = launch.head(num_tokens, x, dy)
     z = _sum(tokens, bias)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     dz = torch.ops.aten.gelu_backward(dy.to(z.dtype), z)
-    return pad_rows(dz.to(x.dtype), x.shape[0]), dz.reshape(-1, x.shape[-1]).sum(0)
+    return launch.pad_rows(dz.to(x.dtype), x.shape[0]), dz.reshape(-1, x.shape[-1]).sum(0)
 
 
 # -- registration ---------------------------------------------------------------------------
-_gelu = define(
+_gelu = launch.define(
     "gelu(Tensor x, Tensor? bias, Tensor? num_tokens) -> Tensor",
-    outputs=lambda x, bias, num_tokens: empty(x.shape, x, num_tokens),
+    outputs=lambda x, bias, num_tokens: launch.empty(x.shape, x, num_tokens),
     launch=_forward,
     plain=_plain,
 )
-_gelu_backward = define_plain(
+_gelu_backward = launch.define_plain(
     "gelu_backward(Tensor dy, Tensor x, Tensor? bias, Tensor? num_tokens)"
     " -> (Tensor dx, Tensor dbias)",
     outputs=lambda dy, x, bias, num_tokens: (
@@ -144,7 +143,7 @@ def gelu(x, bias=None, num_tokens=None):
     if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
         want = show(x[..., :0].new_empty(x.shape[-1:]))
         raise ValueError(f"gelu: bias must be {want} like the rows of x, got {show(bias)}")
-    check_num_tokens("gelu", num_tokens, x)
+    launch.check_num_tokens("gelu", num_tokens, x)
     if torch.is_grad_enabled():
         return _Gelu.apply(x, bias, num_tokens)
     return _gelu(x, bias, num_tokens)
@@ -185,7 +184,7 @@ SPEC = Spec(
         {"shape": (32 * 512, 4096)},  # BERT-large
     ),
     rejects={
-        "x must be fp32, fp16 or bf16 [..., N], got float64[2, 3]": {"x": torch.ones(2, 3).double()},
+        "x must be fp32, fp16 or bf16 [..., N], got int64[2, 3]": {"x": torch.ones(2, 3).long()},
         "bias must be float32[512] like the rows of x, got float32[3]": {"bias": torch.ones(3)},
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },

@@ -18,9 +18,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .launch import (
-    DTYPES, check_num_tokens, define, define_plain, empty, head, pad_rows, rows, show, tl, triton,
-)
+from . import launch
+from .launch import DTYPES, show, tl, triton
 from .spec import Spec
 
 MAX_N = 8192  # a program holds its whole row in registers
@@ -88,8 +87,8 @@ def row_config(N):
 
 
 def _forward(y, x, weight, bias, residual, eps, num_tokens):
-    x, stride_xm = rows(x)
-    residual, stride_rm = rows(residual)
+    x, stride_xm = launch.rows(x)
+    residual, stride_rm = launch.rows(residual)
     M, N = x.shape
     if M:
         _forward_kernel[(M,)](
@@ -112,15 +111,15 @@ def _sum(x, residual):
 
 def _plain(x, weight, bias, residual, eps, num_tokens):
     M = len(x)
-    x, residual = head(num_tokens, x, residual)
-    return pad_rows(plain_layer_norm(_sum(x, residual), weight, bias, eps, x.dtype), M)
+    x, residual = launch.head(num_tokens, x, residual)
+    return launch.pad_rows(plain_layer_norm(_sum(x, residual), weight, bias, eps, x.dtype), M)
 
 
 def _plain_backward(dy, x, weight, residual, eps, num_tokens):
     shape = x.shape
-    dy, x, residual = head(num_tokens, dy, x, residual)
+    dy, x, residual = launch.head(num_tokens, dy, x, residual)
     dh, dweight, dbias = layer_norm_gradients(dy, _sum(x, residual), weight, eps)
-    dx = pad_rows(dh.to(x.dtype), shape[0]) if x.ndim > 1 else dh.to(x.dtype)
+    dx = launch.pad_rows(dh.to(x.dtype), shape[0]) if x.ndim > 1 else dh.to(x.dtype)
     return dx, torch.stack((dweight, dbias))
 
 
@@ -137,14 +136,14 @@ def layer_norm_gradients(dy, h, weight, eps):
 
 
 # -- registration ---------------------------------------------------------------------------
-_layer_norm = define(
+_layer_norm = launch.define(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps,"
     " Tensor? num_tokens) -> Tensor",
-    outputs=lambda x, weight, bias, residual, eps, num_tokens: empty(x.shape, x, num_tokens),
+    outputs=lambda x, weight, bias, residual, eps, num_tokens: launch.empty(x.shape, x, num_tokens),
     launch=_forward,
     plain=_plain,
 )
-_layer_norm_backward = define_plain(
+_layer_norm_backward = launch.define_plain(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? residual, float eps,"
     " Tensor? num_tokens) -> (Tensor dx, Tensor dparams)",
     outputs=lambda dy, x, weight, residual, eps, num_tokens: (
@@ -196,7 +195,7 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
         raise ValueError(f"layer_norm: weight and bias must be [{N}] in one dtype, got {got}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"layer_norm: residual must be {show(x)} like x, got {show(residual)}")
-    check_num_tokens("layer_norm", num_tokens, x)
+    launch.check_num_tokens("layer_norm", num_tokens, x)
     if torch.is_grad_enabled():
         return _LayerNorm.apply(x, weight, bias, residual, eps, num_tokens)
     # apply costs 5 us even to record nothing

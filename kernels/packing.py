@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .launch import DTYPES, define, define_plain, show, tl, triton
+from . import launch
+from .launch import DTYPES, show, tl, triton
 from .spec import Spec
 
 
@@ -49,8 +50,8 @@ def pack_ref(attention_mask):
 
 
 def unpack_ref(x, packed_row):
-    padded = x[packed_row.clamp(min=0).long()] if len(x) else x.new_zeros(*packed_row.shape, 1)
-    return torch.where((packed_row >= 0)[..., None], padded, 0).expand(*packed_row.shape, x.shape[1])
+    zeros = x.new_zeros(1, x.shape[1])
+    return torch.cat((x, zeros))[packed_row.long()]  # -1 is the last row
 
 
 # -- kernels --------------------------------------------------------------------------------
@@ -129,7 +130,8 @@ def _unpack_kernel(
 # -- launchers ------------------------------------------------------------------------------
 def _pack(packing, attention_mask):
     row_index, packed_row, cu_seqlens = packing
-    mask = attention_mask.view(torch.uint8) if attention_mask.dtype == torch.bool else attention_mask
+    mask = attention_mask
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     B, S = mask.shape
     if B == 0 or S == 0:
         cu_seqlens.zero_()
@@ -180,7 +182,7 @@ def _plain_unpack_backward(dy, packed_row, T):
 
 
 # -- registration ---------------------------------------------------------------------------
-_pack_op = define(
+_pack_op = launch.define(
     "pack(Tensor attention_mask)"
     " -> (Tensor row_index, Tensor packed_row, Tensor cu_seqlens)",
     outputs=lambda mask: (
@@ -191,13 +193,13 @@ _pack_op = define(
     launch=_pack,
     plain=_plain_pack,
 )
-_unpack_op = define(
+_unpack_op = launch.define(
     "unpack(Tensor x, Tensor packed_row) -> Tensor",
     outputs=lambda x, packed_row: x.new_empty(*packed_row.shape, x.shape[1]),
     launch=_unpack,
     plain=_plain_unpack,
 )
-_unpack_backward = define_plain(
+_unpack_backward = launch.define_plain(
     "unpack_backward(Tensor dy, Tensor packed_row, SymInt T) -> Tensor",
     outputs=lambda dy, packed_row, T: dy.new_empty(T, dy.shape[-1]),
     plain=_plain_unpack_backward,

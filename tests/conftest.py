@@ -8,7 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make the checkpoints they 
 
 import pytest
 import torch
-
 from bert_fast.kernels.launch import INTERPRET
 
 GPU = torch.cuda.is_available() and not INTERPRET
@@ -21,7 +20,7 @@ def device():
 
 @pytest.fixture
 def poisoned():
-    """Uninitialised memory is NaN (integers: their maximum), so that a result nobody wrote shows."""
+    """Uninitialised memory is NaN (integers: their maximum): a result that nobody wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

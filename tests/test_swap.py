@@ -1,0 +1,485 @@
+"""What is swapped, what falls back and is named, what fails and says why; weights and checkpoints.
+
+A call that falls back must agree with the stock model to the last bit.
+"""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+import transformers
+from bert_fast.kernels.launch import INTERPRET
+from models import (
+    HEADS,
+    B,
+    S,
+    assert_ran_fast,
+    assert_ran_stock,
+    config_of,
+    fast_calls,
+    ids_of,
+    masks,
+    stock_model,
+)
+
+import bert_fast
+from bert_fast import modeling
+
+
+# -- what the kernels do not cover ----------------------------------------------------------
+class Wrapped(torch.nn.Module):
+    """An adapter around a Linear, as LoRA makes it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.low = base, torch.nn.Linear(base.in_features, 2, bias=False)
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.low(x).sum(-1, keepdim=True)
+
+
+def wrap(model):
+    attention = model.encoder.layer[1].attention.self
+    attention.value = Wrapped(attention.value).to(model.device)
+
+
+def replace_forward(model):
+    dense = model.encoder.layer[0].intermediate.dense
+    dense.forward = lambda x: torch.nn.functional.linear(x, dense.weight * 2)
+
+
+def custom_attention(model):
+    def attention(module, q, k, v, mask, **kwargs):
+        return v.transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("test_identity", attention)
+    model.config._attn_implementation = "test_identity"
+
+
+def checkpointing(model):
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout):
+            m.p = 0.0
+    model.train().gradient_checkpointing_enable()
+
+
+CALLS = {
+    "output_attentions": {"output_attentions": True},
+    "3-D attention_mask": {"attention_mask": torch.ones(B, S, S)},
+    "4-D attention_mask": {"attention_mask": torch.ones(B, 1, S, S, dtype=torch.bool)},
+    "keyword is_causal": {"is_causal": True},
+    "attention_mask of another length": {"attention_mask": torch.ones(B, S + 2)},
+    "output_hidden_states with gradients": {"output_hidden_states": True},
+}
+MODELS = {
+    "torch.float64 weights": ({}, lambda m: m.double()),
+    "value: test_swap.Wrapped": ({}, wrap),
+    "intermediate.dense: forward replaced": ({}, replace_forward),
+    "attn_implementation test_identity": ({}, custom_attention),
+    "transformers.activations.": ({"hidden_act": "gelu_new"}, None),
+    "torch.nn.modules.activation.ReLU": ({"hidden_act": "relu"}, None),
+    "gradient checkpointing": ({}, checkpointing),
+    "heads of 320": ({"hidden_size": 320, "num_attention_heads": 1}, None),
+    "max_norm": ({}, lambda m: setattr(m.embeddings.word_embeddings, "max_norm", 1.0)),
+}
+
+
+@pytest.mark.parametrize("reason", CALLS)
+def test_a_call_that_is_not_covered_runs_stock_and_is_named(reason, device):
+    stock = stock_model(device=device)
+    stock.config._attn_implementation = "eager"
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    keywords = {k: v.to(device) if torch.is_tensor(v) else v for k, v in CALLS[reason].items()}
+    ours, theirs = (m(ids_of(device), **keywords) for m in (fast, stock))
+    assert_ran_stock(fast, reason)
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        pairs = zip(ours[key], value) if isinstance(value, tuple) else [(ours[key], value)]
+        assert all(torch.equal(a, b) for a, b in pairs), key
+
+
+@pytest.mark.parametrize("reason", MODELS)
+def test_a_model_that_is_not_covered_runs_stock_and_is_named(reason, device):
+    changes, change = MODELS[reason]
+    stock = stock_model(device=device, **changes)
+    if change:
+        change(stock)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    if "forward replaced" in reason:
+        replace_forward(fast)  # a copy's replacement would hold the original's weight
+    assert reason in bert_fast.report(fast).swapped[0].reason
+    mask = masks(device)["right"]
+    ours, theirs = (m(ids_of(device), mask)[0] for m in (fast, stock))
+    assert_ran_stock(fast, reason)
+    assert torch.equal(ours, theirs)
+
+
+def test_weights_of_mixed_dtypes_are_named():
+    fast = bert_fast.accelerate(stock_model())
+    fast.encoder.layer[1].output.LayerNorm.double()
+    (swapped,) = bert_fast.report(fast).swapped
+    assert swapped.reason.startswith("encoder.layer.1.output.LayerNorm: torch.float64 on cpu")
+
+
+def test_training_with_dropout_runs_stock_and_is_named(device):
+    fast = bert_fast.accelerate(stock_model(device=device)).train()
+    fast(ids_of(device))
+    assert_ran_stock(fast, "training with dropout 0.1")
+
+
+def test_autocast_runs_stock_and_is_named(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    with torch.autocast(device, torch.bfloat16):
+        fast(ids_of(device))
+    assert_ran_stock(fast, "torch.autocast")
+
+
+def test_a_cache_and_cross_attention_run_stock_and_are_named(device):
+    fast = bert_fast.accelerate(
+        stock_model(device=device, is_decoder=True, add_cross_attention=True)
+    )
+    out = fast(ids_of(device))
+    assert out.past_key_values is not None
+    assert_ran_stock(fast, "use_cache in a decoder")
+    fast = bert_fast.accelerate(
+        stock_model(device=device, is_decoder=True, add_cross_attention=True)
+    )
+    states = torch.randn(B, 3, 64, device=device)
+    fast(ids_of(device), encoder_hidden_states=states, use_cache=False)
+    assert_ran_stock(fast, "encoder_hidden_states")
+
+
+@pytest.mark.parametrize("where", ["encoder.layer.0.attention.self.query", "embeddings", "encoder"])
+def test_hooks_on_modules_run(where, device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    seen = []
+    fast.get_submodule(where).register_forward_hook(lambda *_: seen.append(1))
+    fast(ids_of(device))
+    assert seen
+    assert_ran_stock(fast, f"{where}: hooks")
+
+
+def test_hooks_on_the_model_run_beside_the_kernels(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    seen = []
+    fast.register_forward_hook(lambda *_: seen.append(1))
+    fast.register_forward_pre_hook(lambda *_: seen.append(2))
+    fast(ids_of(device))
+    assert sorted(seen) == [1, 2]
+    assert_ran_fast(fast)
+
+
+def test_after_attentions_were_recorded_once_the_kernels_run_again(device):
+    stock = stock_model(device=device)
+    stock.config._attn_implementation = "eager"
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    with torch.no_grad():
+        ours, theirs = (m(ids_of(device), output_attentions=True) for m in (fast, stock))
+        assert len(ours.attentions) == 2
+        for a, b in zip(ours.attentions, theirs.attentions, strict=True):
+            assert torch.equal(a, b)
+        fast(ids_of(device))
+    ((count, _),) = fast_calls(fast)
+    assert count == 1
+
+
+def test_an_outer_model_that_records_hidden_states_gets_them(device):
+    fast = bert_fast.accelerate(stock_model("BertForMaskedLM", device))
+    stock = stock_model("BertForMaskedLM", device)
+    ours, theirs = (m(ids_of(device), output_hidden_states=True) for m in (fast, stock))
+    for a, b in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_model_on_the_meta_device_runs_stock():
+    fast = bert_fast.accelerate(stock_model(device="meta"))
+    assert fast(ids_of("meta"))[0].shape == (B, S, 64)
+    assert_ran_stock(fast, "no kernels for meta tensors")
+
+
+def test_a_reason_is_logged_once(device, caplog):
+    fast = bert_fast.accelerate(stock_model(device=device)).double()
+    for _ in range(3):
+        fast(ids_of(device))
+    assert [r.getMessage() for r in caplog.records if r.name == "bert_fast"] == [
+        "bert_fast: the stock forward runs: torch.float64 weights"
+    ]
+    assert fast_calls(fast) == [(0, {"torch.float64 weights": 3})]
+
+
+# -- bad input ------------------------------------------------------------------------------
+BAD = {
+    "give input_ids or inputs_embeds, one of them; got neither": {"input_ids": None},
+    "give input_ids or inputs_embeds, one of them; got both": {
+        "inputs_embeds": torch.zeros(B, S, 64)
+    },
+    "attention_mask must be [5, 23] like input_ids, got [3, 23]": {
+        "attention_mask": torch.ones(3, S)
+    },
+    "attention_mask must be [5, 23] like input_ids, got [23]": {"attention_mask": torch.ones(S)},
+    "attention_mask must be [5, 23] like input_ids, got [1, 23]": {
+        "attention_mask": torch.ones(1, S)
+    },
+    "the model has 40 positions (max_position_embeddings), input_ids has 41": {
+        "input_ids": torch.zeros(2, 41).long()
+    },
+    "input_ids must be [batch, length], got [23]": {"input_ids": torch.zeros(S).long()},
+    "token_type_ids must be [5, 23] like input_ids, got [5, 7]": {
+        "token_type_ids": torch.zeros(B, 7).long()
+    },
+    "position_ids must be [5, 23] like input_ids, got [23]": {"position_ids": torch.arange(S)},
+    "input_ids has length 0; the pooler needs a first position": {
+        "input_ids": torch.zeros(B, 0).long()
+    },
+    "input_ids must be int32 or int64 [B, S], got float32": {"input_ids": torch.zeros(B, S)},
+    "input_ids is on meta and the model on": {"input_ids": ids_of().to("meta")},
+}
+BAD_IDS = {
+    "input_ids must be in 0 to 98, the rows of its table; got 99": {"input_ids": ids_of() + 1},
+    "input_ids must be in 0 to 98, the rows of its table; got -1": {"input_ids": ids_of() - 1},
+    "token_type_ids must be in 0 to 1, the rows of its table; got 2": {
+        "token_type_ids": ids_of(high=3)
+    },
+    "position_ids must be in 0 to 39, the rows of its table; got 40": {
+        "position_ids": torch.full((B, S), 40)
+    },
+}
+
+
+def assert_error(message, keywords, device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    keywords = {"input_ids": ids_of(), **keywords}
+    keywords = {
+        k: v.to(device) if torch.is_tensor(v) and v.device.type == "cpu" else v
+        for k, v in keywords.items()
+    }
+    with pytest.raises(ValueError) as caught:
+        fast(**keywords)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_an_error_that_says_why(message, device):
+    assert_error(message, BAD[message], device)
+
+
+@pytest.mark.skipif(
+    INTERPRET or torch.cuda.is_available(), reason="a kernel answers with a device-side assertion"
+)
+@pytest.mark.parametrize("message", BAD_IDS)
+def test_an_id_outside_its_table_is_an_error_that_says_which(message):
+    assert_error(message, BAD_IDS[message], "cpu")
+
+
+def test_an_empty_batch_gives_an_empty_result(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    out = fast(ids_of(device)[:0], torch.ones(0, S, device=device))
+    assert out.last_hidden_state.shape == (0, S, 64)
+    assert out.pooler_output.shape == (0, 64)
+
+
+# -- accelerate, restore, report ------------------------------------------------------------
+def test_accelerate_finds_bert_inside_anything_and_restore_gives_it_back(device):
+    stock = stock_model("BertForSequenceClassification", device)
+    before = copy.deepcopy(stock.state_dict())
+    parameters = list(stock.parameters())
+    model = torch.nn.Sequential(torch.nn.ModuleDict({"encoder": stock}))
+    assert bert_fast.accelerate(model) is model
+    assert type(stock.bert) is bert_fast.BertModel
+    with torch.no_grad():
+        stock(ids_of(device))
+    assert bert_fast.restore(model) is model
+    assert type(stock.bert) is transformers.BertModel
+    assert type(stock) is transformers.BertForSequenceClassification
+    assert all(a is b for a, b in zip(parameters, stock.parameters(), strict=True))
+    after = stock.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    for p in stock.parameters():
+        assert p.untyped_storage().nbytes() == p.nbytes
+    reference = stock_model("BertForSequenceClassification", device)
+    assert vars(stock.bert).keys() == vars(reference.bert).keys()
+    assert torch.equal(stock(ids_of(device))[0], reference(ids_of(device))[0])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_restore_makes_each_class_the_stock_class(name):
+    fast = getattr(bert_fast, name)(config_of())
+    bert_fast.restore(fast)
+    assert {type(m).__module__.partition(".")[0] for m in fast.modules()} <= {
+        "transformers", "torch",
+    }  # fmt: skip
+
+
+def test_accelerating_twice_or_restoring_an_untouched_model_does_nothing_and_says_so(caplog):
+    model = stock_model()
+    bert_fast.restore(model)
+    bert_fast.accelerate(model)
+    bert_fast.accelerate(model)
+    assert "restore: nothing of bert_fast in it" in caplog.text
+    assert "accelerate: already accelerated, nothing to do" in caplog.text
+
+
+def test_accelerate_without_a_bert_names_what_it_found():
+    config = transformers.DistilBertConfig(dim=8, n_heads=1, n_layers=1, hidden_dim=8, vocab_size=9)
+    with pytest.raises(ValueError) as caught:
+        bert_fast.accelerate(transformers.DistilBertModel(config))
+    assert "looked for transformers.BertModel inside DistilBertModel" in str(caught.value)
+    with pytest.raises(ValueError, match="found no such module"):
+        bert_fast.accelerate(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="got str"):
+        bert_fast.accelerate("bert-base-uncased")
+
+
+def test_report_tells_what_ran_where(device):
+    model = bert_fast.accelerate(stock_model("BertForMaskedLM", device))
+    model(ids_of(device))
+    model(ids_of(device), output_attentions=True)
+    (swapped,) = bert_fast.report(model).swapped
+    assert swapped.path == "bert"
+    assert swapped.layers == 2
+    assert swapped.backend == bert_fast.kernels.backend(device)
+    assert (swapped.fast_calls, swapped.stock_calls) == (1, {"output_attentions": 1})
+    text = str(bert_fast.report(model))
+    assert "1 calls on the kernels" in text
+    assert "1 calls on the stock forward: output_attentions" in text
+    assert "stock, not accelerated" in str(bert_fast.report(stock_model()))
+    assert "no BertModel" in str(bert_fast.report(torch.nn.Linear(1, 1)))
+
+
+# -- weights --------------------------------------------------------------------------------
+def test_whoever_writes_to_a_weight_is_heard_at_the_next_call(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    ids, mask = ids_of(device), masks(device)["right"]
+    query = fast.encoder.layer[0].attention.self.query.weight
+
+    def in_place():
+        query.data.mul_(1.1)  # unseen by version counters
+
+    def optimizer_step():
+        fast(ids, mask)[0][..., :3].square().sum().backward()
+        torch.optim.AdamW(fast.parameters(), lr=0.05).step()
+
+    def load():
+        fast.load_state_dict({k: v * 1.01 for k, v in fast.state_dict().items()})
+
+    for change in (in_place, optimizer_step, load, lambda: fast.to(torch.float16).float()):
+        with torch.no_grad():
+            fast(ids, mask)
+            change() if change is not optimizer_step else None
+        if change is optimizer_step:
+            change()
+        twin = transformers.BertModel(fast.config).eval().to(device)
+        twin.load_state_dict(fast.state_dict())
+        with torch.no_grad():
+            ours, theirs = fast(ids, mask)[0], twin(ids, mask)[0]
+        torch.testing.assert_close(ours[mask != 0], theirs[mask != 0], atol=1e-5, rtol=1e-5)
+    assert_ran_fast(fast)
+
+
+def test_query_key_value_become_rows_of_one_tensor_and_stay_the_same_parameters(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    attention = fast.encoder.layer[0].attention.self
+    before = [attention.query.weight, attention.key.weight, attention.value.weight]
+    values = [p.clone() for p in before]
+    with torch.no_grad():
+        fast(ids_of(device))
+    after = [attention.query.weight, attention.key.weight, attention.value.weight]
+    assert all(a is b for a, b in zip(after, before))
+    assert all(torch.equal(a, b) for a, b in zip(after, values))
+    assert len({p.untyped_storage().data_ptr() for p in after}) == 1
+    stacked = modeling.as_one(*after)
+    assert torch.equal(stacked, torch.cat(values))
+    assert stacked.data_ptr() == after[0].data_ptr()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only CPU tensors are shared by a file")
+def test_weights_shared_with_other_processes_stay_where_they_are():
+    fast = bert_fast.accelerate(stock_model()).share_memory()
+    places = [p.data_ptr() for p in fast.parameters()]
+    with torch.no_grad():
+        ours = fast(ids_of())[0]
+    assert [p.data_ptr() for p in fast.parameters()] == places
+    torch.testing.assert_close(ours, stock_model()(ids_of())[0], atol=1e-5, rtol=0)
+    assert_ran_fast(fast)
+
+
+def test_copies_and_pickles_run_alike_and_share_nothing(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    ids, mask = ids_of(device), masks(device)["right"]
+    with torch.no_grad():
+        expected = fast(ids, mask)[0]
+        for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            assert type(twin) is bert_fast.BertModel
+            assert fast_calls(twin) == [(0, {})]
+            assert torch.equal(twin(ids, mask)[0], expected)
+            for p in twin.parameters():
+                p.zero_()
+            assert torch.equal(fast(ids, mask)[0], expected)
+
+
+def test_threads_may_share_a_model(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    ids, mask = ids_of(device), masks(device)["right"]
+    with torch.no_grad():
+        expected = bert_fast.accelerate(stock_model(device=device))(ids, mask)[0]
+    results = []
+
+    def work():
+        with torch.no_grad():
+            results.extend(torch.equal(fast(ids, mask)[0], expected) for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert results == [True] * 40
+    assert fast_calls(fast) == [(40, {})]
+
+
+# -- loading and saving ---------------------------------------------------------------------
+@pytest.mark.parametrize("name", HEADS)
+def test_checkpoints_go_both_ways_between_stock_and_fast(name, tmp_path):
+    stock = stock_model(name)
+    stock.save_pretrained(tmp_path / "stock")
+    fast = getattr(bert_fast, name).from_pretrained(tmp_path / "stock")
+    with torch.no_grad():
+        fast(**({"input_ids": ids_of()[None]} if "Choice" in name else {"input_ids": ids_of()}))
+    fast.save_pretrained(tmp_path / "fast")
+    back, info = getattr(transformers, name).from_pretrained(
+        tmp_path / "fast", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for key, value in stock.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value), key
+
+
+def test_sharded_old_and_prefixed_checkpoints_load(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    stock = stock_model("BertForMaskedLM")
+    stock.save_pretrained(tmp_path / "plain")
+    stock.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    old = {
+        k.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): v
+        for k, v in load_file(tmp_path / "plain" / "model.safetensors").items()
+    }
+    assert any("gamma" in k for k in old)
+    (tmp_path / "old").mkdir()
+    save_file(old, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    stock.config.save_pretrained(tmp_path / "old")
+    mask = masks()["right"]
+    with torch.no_grad():
+        expected = stock.bert(ids_of(), mask)[0]
+    for folder in ("plain", "sharded", "old"):
+        fast = bert_fast.BertModel.from_pretrained(tmp_path / folder, add_pooling_layer=False)
+        with torch.no_grad():
+            ours = fast(ids_of(), mask)[0]
+        torch.testing.assert_close(ours[mask != 0], expected[mask != 0], atol=1e-5, rtol=0)
+        assert_ran_fast(fast)
