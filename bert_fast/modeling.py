@@ -214,7 +214,8 @@ class Calls:
 
 def calls_of(model):
     """The Calls of a bert_fast.BertModel."""
-    return model.__dict__.setdefault("_bert_fast_calls", Calls())
+    calls = model.__dict__.get("_bert_fast_calls")
+    return calls or model.__dict__.setdefault("_bert_fast_calls", Calls())
 
 
 # -- the drop-in classes --------------------------------------------------------------------

@@ -4,19 +4,25 @@ As an attribute, `layer_norm` here is the op and hides its file; `from .layer_no
 still reaches the file.
 """
 
-from .attention import SPEC as ATTENTION
-from .attention import attention
-from .embedding import SPEC as EMBEDDING
-from .embedding import embedding
-from .gelu import SPEC as GELU
-from .gelu import gelu
-from .launch import backend, missing
-from .layer_norm import SPEC as LAYER_NORM
-from .layer_norm import layer_norm
-from .packing import PACK, UNPACK, Packing, pack, unpack
+if __name__ == "kernels":
+    # The repository's root is on sys.path, and transformers looks for the distribution of this
+    # name. This is not it: any version below the ones it wants says so.
+    __version__ = "0"
+else:
+    from .attention import SPEC as ATTENTION
+    from .attention import attention
+    from .embedding import SPEC as EMBEDDING
+    from .embedding import embedding
+    from .gelu import SPEC as GELU
+    from .gelu import gelu
+    from .launch import backend, missing
+    from .layer_norm import SPEC as LAYER_NORM
+    from .layer_norm import layer_norm
+    from .packing import PACK, UNPACK, Packing, pack, unpack
+
+    SPECS = (ATTENTION, LAYER_NORM, GELU, EMBEDDING, PACK, UNPACK)
 
 __all__ = [
     "SPECS", "Packing", "attention", "backend", "embedding", "gelu", "layer_norm", "missing",
     "pack", "unpack",
 ]
-SPECS = (ATTENTION, LAYER_NORM, GELU, EMBEDDING, PACK, UNPACK)

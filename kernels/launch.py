@@ -3,6 +3,8 @@
 This is the one module that knows whether Triton is there.
 """
 
+import functools
+
 import torch
 
 
@@ -31,6 +33,7 @@ KERNELS = {}  # the Triton form of each op by name, for checks that compile it w
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take; all accumulate in fp32
 
 
+@torch.compiler.assume_constant_result  # dynamo need not trace what it asks the driver
 def missing(device):
     """Why the ops cannot run on device, and what to do; None where they can."""
     device = torch.device(device)
@@ -42,10 +45,13 @@ def missing(device):
         return "triton is not installed; pip install triton"
     if INTERPRET:
         return "TRITON_INTERPRET=1 runs kernels on the CPU only; unset it to use the GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and _capability(device) < MIN_CAPABILITY:
+        major, minor = _capability(device)
         return f"the kernels need an NVIDIA GPU of sm_80 or newer, this one is sm_{major}{minor}"
     return None
+
+
+_capability = functools.cache(torch.cuda.get_device_capability)
 
 
 def backend(device):

@@ -288,6 +288,7 @@ _CASES = (
     {"lengths": (0, 0), "S": 0},
 )
 _BENCH = ({"lengths": (128, 60, 20, 256) * 8, "S": 256}, {"lengths": (512,) * 32, "S": 512})
+_DTYPES = (torch.bool, torch.float32, torch.float16, torch.uint8, torch.int32)
 
 PACK = Spec(
     fn=pack,
@@ -297,10 +298,9 @@ PACK = Spec(
     cases=(
         *_CASES,
         {"lengths": (1, 0) * 10 + (2,) * 1030, "S": 2},  # more sequences than a block
-        *({"lengths": (3, -2, None), "S": 7, "mask_dtype": dtype}
-          for dtype in (torch.bool, torch.float32, torch.float16, torch.uint8, torch.int32)),
+        *({"lengths": (3, -2, None), "S": 7, "mask_dtype": dtype} for dtype in _DTYPES),
     ),
-    bench=_BENCH,
+    bench=(*_BENCH, *({**_BENCH[0], "mask_dtype": dtype} for dtype in _DTYPES[:3])),
     rejects={
         "attention_mask must be real [B, S], got float32[8]": {"attention_mask": torch.ones(8)},
         "attention_mask must be real [B, S], got float32[2, 1, 1, 8]": {

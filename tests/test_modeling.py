@@ -10,6 +10,8 @@ import inspect
 import pytest
 import torch
 import transformers
+from bert_fast.kernels import attention
+from bert_fast.kernels.attention import cu_seqlens_of
 from bert_fast.kernels.launch import INTERPRET
 from models import HEADS, B, S, assert_ran_fast, ids_of, masks, stock_model, tokens
 
@@ -128,6 +130,33 @@ def test_position_ids_token_types_and_inputs_embeds_are_honoured(device):
             ours, theirs = (m(attention_mask=mask, **keywords)[0] for m in (fast, stock))
         torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-5, rtol=0)
     assert_ran_fast(fast)
+
+
+def test_padding_of_nan_changes_no_bit(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    mask = masks(device)["holes"]
+    embeds = torch.randn(B, S, 64, generator=torch.manual_seed(2)).to(device)
+    poisoned = embeds.masked_fill(~mask[..., None], torch.nan)
+    with torch.no_grad():
+        clean, ours = (fast(inputs_embeds=x, attention_mask=mask) for x in (embeds, poisoned))
+    assert torch.equal(ours.last_hidden_state, clean.last_hidden_state)
+    assert torch.equal(ours.pooler_output, clean.pooler_output)
+
+
+@pytest.mark.skipif(
+    not INTERPRET and not torch.cuda.is_available(),
+    reason="the promise is the Triton kernel's: torch's own attention chooses by shape",
+)
+def test_the_bits_of_a_sequence_do_not_depend_on_its_batch(device):
+    lengths = (70, 1, 33, 128, 129)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, sum(lengths), 2, 64, device=device).half().unbind()
+    cu_seqlens = cu_seqlens_of(lengths, device)
+    together = attention(q, k, v, cu_seqlens, 512)
+    for start, length in zip(cu_seqlens.tolist(), lengths):
+        rows = slice(start, start + length)
+        alone = attention(q[rows], k[rows], v[rows], cu_seqlens_of([length], device), length)
+        assert torch.equal(alone, together[rows])
 
 
 def test_gradients_reach_inputs_embeds(device):
