@@ -27,11 +27,12 @@ test-native: .venv/ready
 	$(BIN)/pytest
 
 bench: .venv/ready
-	$(BIN)/python -m bench all
+	$(BIN)/python bench all
 
-# No set-up: a machine with a GPU brings its own torch and triton.
+# No network: the Python of a machine with a GPU has its own torch and triton.
 gpu:
-	$(PYTHON) -m bench gpu
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation .
+	$(PYTHON) bench gpu
 
 checkpoint: .venv/ready
 	$(BIN)/python training/train.py

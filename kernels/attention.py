@@ -412,6 +412,7 @@ SPEC = Spec(
         {"lengths": (33,), "D": 128, "heads": 1},
         {"lengths": (17,), "D": 256, "heads": 1},
         {"lengths": (31, 7), "scale": 1.0},  # near one-hot
+        {"lengths": (3,), "lengths_k": (8192,), "heads": 1, "D": 16},
     ),
     bench=tuple(
         {"lengths": (S,) * (16384 // S), "heads": heads, "D": D}

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make the checkpoints they 
 
 import pytest
 import torch
+
 from bert_fast.kernels.launch import INTERPRET
 
 GPU = torch.cuda.is_available() and not INTERPRET

@@ -10,9 +10,10 @@ import subprocess
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from bert_fast.kernels import SPECS
 from bert_fast.kernels.launch import HAS_TRITON, INTERPRET, KERNELS
-from torch.utils._python_dispatch import TorchDispatchMode
 
 if not HAS_TRITON:
     pytest.skip("nothing to compile without triton", allow_module_level=True)

@@ -12,9 +12,10 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from bert_fast.kernels import SPECS
 from bert_fast.kernels.launch import INTERPRET
-from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"

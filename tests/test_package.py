@@ -1,4 +1,4 @@
-"""The package as it is installed: what is in the wheel, what an import brings, life without triton."""
+"""The package as installed: what the wheel holds, what an import brings, life without triton."""
 
 import os
 import pathlib

@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+
 from bert_fast.checkpoints import SHIPPED
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -10,7 +10,6 @@ import threading
 import pytest
 import torch
 import transformers
-from bert_fast.kernels.launch import INTERPRET
 from models import (
     HEADS,
     B,
@@ -26,6 +25,7 @@ from models import (
 
 import bert_fast
 from bert_fast import modeling
+from bert_fast.kernels.launch import INTERPRET
 
 
 # -- what the kernels do not cover ----------------------------------------------------------
