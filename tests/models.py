@@ -5,9 +5,13 @@ import transformers
 
 import bert_fast
 from bert_fast import modeling
+from bert_fast.kernels.launch import INTERPRET
 
 B, S = 5, 23
 HEADS = [cls.__name__ for cls in modeling.CLASSES]
+if INTERPRET:  # slow, and what differs from head to head is transformers' code
+    HEADS = ["BertModel", "BertForSequenceClassification"]
+HALVES = [torch.float16] + [torch.bfloat16] * (not INTERPRET)  # its bf16 is wrong
 
 
 def config_of(**changes):

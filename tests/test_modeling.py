@@ -10,7 +10,18 @@ import inspect
 import pytest
 import torch
 import transformers
-from models import HEADS, B, S, assert_ran_fast, config_of, ids_of, masks, stock_model, tokens
+from models import (
+    HALVES,
+    HEADS,
+    B,
+    S,
+    assert_ran_fast,
+    config_of,
+    ids_of,
+    masks,
+    stock_model,
+    tokens,
+)
 
 import bert_fast
 from bert_fast.checkpoints import outlier_model
@@ -93,12 +104,10 @@ def test_each_class_gives_stock_outputs_losses_and_gradients(name, device):
             )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", HEADS)
 def test_half_precision_errs_no_more_than_stock(name, dtype, device):
     """Root mean square error against fp64: at most 1.2 times stock's in the same dtype."""
-    if INTERPRET and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bf16 is wrong")
     stock = stock_model(name, device, dtype)
     exact = copy.deepcopy(stock).double()
     fast = bert_fast.accelerate(copy.deepcopy(stock))
@@ -114,11 +123,9 @@ def test_half_precision_errs_no_more_than_stock(name, dtype, device):
     assert error <= 1.2 * allowed
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_outliers_as_trained_models_have_them_cost_no_precision(dtype, device):
     """A few hidden dimensions at 20 to 60 times the rest, which row statistics must survive."""
-    if INTERPRET and dtype == torch.bfloat16:
-        pytest.skip("the interpreter's bf16 is wrong")
     stock = outlier_model(config_of(hidden_size=128, num_hidden_layers=4)).to(device, dtype)
     exact = copy.deepcopy(stock).double()
     fast = bert_fast.accelerate(copy.deepcopy(stock))
