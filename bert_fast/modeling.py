@@ -90,17 +90,22 @@ def embed(embeddings, input_ids, inputs_embeds, token_type_ids, position_ids, to
 
 def layer_forward(layer, x, qkv_weight, qkv_bias, tokens, causal):
     """One BertLayer: x [T, H] -> [T, H]."""
-    attention, output = layer.attention.self, layer.attention.output
+    o = _attend(layer.attention.self, x, qkv_weight, qkv_bias, tokens, causal)
+    x = _add_norm(layer.attention.output, o, x, tokens)
+    inner = layer.intermediate.dense
+    h = ops.gelu(F.linear(x, inner.weight, inner.bias), num_tokens=tokens.num_tokens)
+    return _add_norm(layer.output, h, x, tokens)
+
+
+def _attend(attention, x, qkv_weight, qkv_bias, tokens, causal):
+    """BertSelfAttention: x [T, H] -> [T, H]."""
     heads, D = attention.num_attention_heads, attention.attention_head_size
     q, k, v = F.linear(x, qkv_weight, qkv_bias).view(len(x), 3, heads, D).unbind(1)
     o = ops.attention(
         q, k, v, tokens.cu_seqlens, tokens.shape[1],
         causal=causal, scale=attention.scaling, num_tokens=tokens.num_tokens,
     )  # fmt: skip
-    x = _add_norm(output, o.view(len(x), heads * D), x, tokens)
-    inner = layer.intermediate.dense
-    h = ops.gelu(F.linear(x, inner.weight, inner.bias), num_tokens=tokens.num_tokens)
-    return _add_norm(layer.output, h, x, tokens)
+    return o.view(len(x), heads * D)
 
 
 def _add_norm(output, h, residual, tokens):
@@ -273,21 +278,22 @@ class BertModel(transformers.BertModel):
             attention_mask = attention_mask.to(device)  # stock moves it too
         tokens = Tokens(attention_mask, B, S, device)
         x = embed(self.embeddings, input_ids, inputs_embeds, token_type_ids, position_ids, tokens)
-        states = [x]
+        wanted = asked(self, kwargs, "output_hidden_states")
+        states = []
         for layer in self.encoder.layer:
             attention = layer.attention.self
             qkv = (attention.query, attention.key, attention.value)
             weight, bias = as_one(*(m.weight for m in qkv)), as_one(*(m.bias for m in qkv))
+            if wanted:
+                states.append(x)
             x = layer_forward(layer, x, weight, bias, tokens, causal=self.config.is_decoder)
-            states.append(x)
         last_hidden_state = tokens.unpack(x)
         output = BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last_hidden_state,
             pooler_output=None if self.pooler is None else self.pooler(last_hidden_state),
         )
-        if asked(self, kwargs, "output_hidden_states"):
-            earlier = (tokens.unpack(state) for state in states[:-1])
-            output["hidden_states"] = (*earlier, last_hidden_state)
+        if wanted:
+            output["hidden_states"] = (*map(tokens.unpack, states), last_hidden_state)
         return_dict = asked(self, kwargs, "return_dict")
         return output if return_dict is not False else output.to_tuple()
 
