@@ -1,0 +1,155 @@
+"""Where and with what a run was made, its result file, and its tables."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from datetime import date, datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from bert_fast.kernels import backend
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("bert_fast", "torch", "triton", "transformers", "onnxruntime", "numpy")
+
+
+class Results:
+    """One run: a file, if path is given, that is whole after each part."""
+
+    def __init__(self, path, known):
+        self.path = path
+        self.content = {
+            "schema": 1,
+            "device": known,
+            "versions": versions(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "git commit": commit(),
+            "ceilings": None,
+            "rows": [],
+        }
+        self.write()
+
+    def write(self):
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = self.path.with_suffix(".part")
+            new.write_text(json.dumps(self.content, indent=1, allow_nan=False) + "\n")
+            new.replace(self.path)
+
+    def add(self, **parts):
+        """Set parts of the content, rows being appended, and write the file."""
+        self.content["rows"] += parts.pop("rows", [])
+        self.content.update(parts)
+        self.write()
+
+
+def device_of(device):
+    """What is known of a torch.device, by name."""
+    known = {
+        "type": device.type,
+        "name": _cpu_name(),
+        "backend": backend(device),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        # of the last 1, 5 and 15 minutes as the run began; Windows has none
+        "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
+    }
+    if device.type == "cuda":
+        of = torch.cuda.get_device_properties(device)
+        known |= {
+            "name": of.name,
+            "cpu": known["name"],
+            "capability": f"{of.major}.{of.minor}",
+            "memory": of.total_memory,
+            "multiprocessors": of.multi_processor_count,
+        }
+    return known
+
+
+def _cpu_name():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def file_name(known):
+    """nvidia-h200-2026-01-31.json"""
+    name = known["name"] if known["type"] == "cuda" else f"cpu {known['name']}"
+    slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+    return f"{slug}-{date.today()}.json"
+
+
+def versions():
+    """{package: version}, None for one that is not installed."""
+    known = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            known[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            known[package] = None
+    return known
+
+
+def commit():
+    """The commit of the tree, "-dirty" behind it if files differ; None outside of git."""
+    if shutil.which("git") is None:
+        return None
+    command = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+# -- tables ---------------------------------------------------------------------------------
+def table(rows):
+    """The rows of one workload, as a rich table."""
+    first = rows[0]
+    fill = "" if first["fill"] is None else f", fill {first['fill']:.2f}"
+    checked = f"errors on {first['error_on']}, " if first["error_on"] else ""
+    grid = Table(
+        title=f"{first['workload']}, {first['dtype']}{fill}",
+        caption=f"{checked}x: times the speed of {first['baseline']}",
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    grid.add_column("contender", no_wrap=True)
+    for heading in (
+        "ms", "95 % interval", "x median", "x min", "valid tokens/s", "share", "max error", "RMS"
+    ):  # fmt: skip
+        grid.add_column(heading, justify="right", no_wrap=True)
+    grid.add_column("status", overflow="fold")
+    for row in rows:
+        grid.add_row(row["contender"], *_cells(row), _status(row))
+    return grid
+
+
+def _cells(row):
+    """Each empty where the row knows nothing."""
+    ms = row["median_s"] and (row["median_s"] * 1e3, *(bound * 1e3 for bound in row["ci"]))
+    error = row["error"]
+    return (
+        ms and f"{ms[0]:.4g}",
+        ms and f"{ms[1]:.4g} to {ms[2]:.4g}",
+        row["ratio_median"] and f"{row['ratio_median']:.2f}",
+        row["ratio_min"] and f"{row['ratio_min']:.2f}",
+        row["valid_tokens_per_s"] and f"{row['valid_tokens_per_s']:,.0f}",
+        row["share"] and f"{row['share']:.2f} {row['share_of']}",
+        error and f"{error['max']:.1e}",
+        error and f"{error['rms']:.1e}",
+    )
+
+
+def _status(row):
+    told = [row["status"], row["reason"]]
+    if row["added_us_per_layer"] is not None:
+        told.append(f"{row['us_per_layer']:.0f} us a layer, {row['added_us_per_layer']:+.0f}")
+    return ", ".join(filter(None, told))

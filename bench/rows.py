@@ -1,0 +1,112 @@
+"""One workload measured: a row for each contender, whatever became of it."""
+
+import torch
+from measure import Skip, interleave, noted
+
+ROW = (
+    "workload", "lengths", "fill", "dtype", "contender", "baseline", "rounds", "median_s", "min_s",
+    "ci", "ratio_median", "ratio_min", "valid_tokens_per_s", "share", "share_of", "us_per_layer",
+    "added_us_per_layer", "error", "baseline_error", "error_on", "status", "reason",
+)  # fmt: skip
+
+
+def measure(workload, clock, seconds, ceilings=None, only=None, in_haste=False):
+    """The rows of workload: dicts with the keys ROW, None where there is nothing to say.
+
+    seconds   that its rounds take, without building and checking
+    ceilings  as measure.ceilings tells them; None on a CPU
+    only      names of the contenders that take part beside the baseline; None for all
+    in_haste  whether to leave out those that take minutes to build
+    """
+    contenders = [
+        c for c in workload.contenders
+        if only is None or c.name in only or c.name == workload.baseline
+    ]  # fmt: skip
+    failures, errors, runs = {}, {}, {}
+    with torch.no_grad():
+        with noted(failures, "inputs"):
+            problem = workload.prepare()
+        if failures:
+            return [_row(workload, c, *failures["inputs"]) for c in contenders]
+        for c in contenders:
+            with noted(failures, c.name):
+                if in_haste and c.slow:
+                    raise Skip("takes minutes to build, and half of the budget is used up")
+                bind = c.build(problem)
+                result = c.collect(bind(problem.checked)(), problem.checked)
+                errors[c.name] = error_of(result, problem.truth)
+                runs[c.name] = bind(problem.timed)
+        timings = interleave(runs, clock, seconds, failures)
+
+    rows = []
+    base, base_error = timings.get(workload.baseline), errors.get(workload.baseline)
+    for c in contenders:
+        row = _row(workload, c, *failures.get(c.name, ("ok", None)))
+        row |= {
+            "fill": problem.fill,
+            "error": errors.get(c.name),
+            "baseline_error": base_error,
+            "error_on": problem.checked_on,
+        }
+        if timing := timings.get(c.name):
+            row |= {
+                "rounds": len(timing.samples),
+                "median_s": timing.median,
+                "min_s": timing.min,
+                "ci": timing.interval,
+                "reason": timing.note,
+            }
+            if c.gated and base_error and (wrong := problem.gate(row["error"], base_error)):
+                row |= {"status": "FAILED", "reason": wrong}  # what is wrong has no speed
+            else:
+                row |= _speed(timing, base, problem, ceilings)
+        rows.append(row)
+    return rows
+
+
+def skipped(workload, reason):
+    """The rows of a workload that is not measured."""
+    return [_row(workload, c, "skipped", reason) for c in workload.contenders]
+
+
+def error_of(result, truth):
+    """{"max", "rms"} of what the tensors of result differ from those of truth, in fp64."""
+    for r, t in zip(result, truth, strict=True):
+        if r.shape != t.shape:
+            raise ValueError(f"result is {list(r.shape)}, the definition's {list(t.shape)}")
+    apart = torch.cat([(r.double() - t).flatten() for r, t in zip(result, truth, strict=True)])
+    if not apart.isfinite().all():
+        raise ValueError("result is not finite")
+    return {"max": apart.abs().max().item(), "rms": apart.square().mean().sqrt().item()}
+
+
+def _row(workload, contender, status, reason):
+    return {
+        **dict.fromkeys(ROW),
+        "workload": workload.name,
+        "lengths": workload.lengths,
+        "dtype": str(workload.dtype).removeprefix("torch."),
+        "contender": contender.name,
+        "baseline": workload.baseline,
+        "status": status,
+        "reason": reason,
+    }
+
+
+def _speed(timing, base, problem, ceilings):
+    speed = {}
+    if problem.tokens:
+        speed["valid_tokens_per_s"] = problem.tokens / timing.median
+    if problem.layers:
+        speed["us_per_layer"] = timing.median / problem.layers * 1e6
+    if base:
+        speed["ratio_median"] = base.median / timing.median
+        speed["ratio_min"] = base.min / timing.min
+        if problem.layers:
+            added = timing.median - base.median
+            speed["added_us_per_layer"] = added / problem.layers * 1e6
+    if ceilings:
+        least = {name: problem.work[name] / ceilings[name] for name in ceilings}
+        speed["share_of"] = max(least, key=least.get)
+        speed["share"] = least[speed["share_of"]] / timing.median
+    return speed
