@@ -86,7 +86,8 @@ def _modules():
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED]
         for path in (Path(folder, file) for file in files if file.endswith(".py")):
             name = ".".join(path.relative_to(root).with_suffix("").parts)
-            modules[name.removesuffix(".__init__")] = path
+            if name.partition(".")[0] in sys.stdlib_module_names:  # distributions add their own
+                modules[name.removesuffix(".__init__")] = path
     return modules
 
 

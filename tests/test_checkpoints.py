@@ -120,7 +120,9 @@ def test_the_card_tells_how_well_functions_find_their_docstrings(held, tokenizer
     model = BertModel.from_pretrained(SHIPPED).eval()
 
     def embed(texts):
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+        inputs = tokenizer(
+            texts, padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
         return F.normalize(model(**inputs).last_hidden_state[:, 0], dim=-1)
 
     functions = [i for i, doc in enumerate(held) if doc.signature]
