@@ -46,7 +46,7 @@ MASK = SPECIAL.index("[MASK]")
 MAX_LENGTH = 512  # tokens, [CLS] and two [SEP] included
 IGNORED = -100  # the label that has no loss
 
-STEPS = {"pretraining": 4000, "contrastive": 800}
+STEPS = {"pretraining": 4000, "contrastive": 400}
 PEAK_LR = {"pretraining": 1e-3, "contrastive": 2e-3}
 TOKENS = 4096  # of a batch of stage 1, padding included
 PAIRS, CROPPED = 256, 64  # pairs of a contrastive batch, and how many of them are crops
