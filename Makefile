@@ -26,7 +26,7 @@ test-interpreter: .venv/ready
 test-native: .venv/ready
 	$(BIN)/pytest
 
-bench: .venv/ready
+bench: .venv/ready-to-bench
 	$(BIN)/python bench all
 
 # No network: the Python of a machine with a GPU has its own torch and triton.
@@ -44,6 +44,10 @@ lint: .venv/ready
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv/ready-to-bench: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	touch $@
 
 clean:

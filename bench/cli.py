@@ -22,7 +22,7 @@ from bert_fast import kernels
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PARTS = {"ops": (ops,), "model": (models,), "all": (ops, models), "gpu": (models, ops)}
-SECONDS = {ops: 1.0, models: 10.0}  # that the rounds of one workload take, if that makes LEAST
+SECONDS = {ops: 1.0, models: 10.0}  # --seconds, where it is not given
 
 
 def main(description):
@@ -73,6 +73,7 @@ def _options(description):
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--only", metavar="TEXT", default="", help="of a workload or contender")
+    parser.add_argument("--seconds", type=float, help="of rounds of each workload; 3 rounds at least")
     parser.add_argument("--budget", metavar="SECONDS", type=float, help="start nothing after it")
     parser.add_argument("--output", metavar="FILE.json", type=Path)
     options = parser.parse_args()
@@ -83,7 +84,7 @@ def _options(description):
         parser.error(reason)
 
     workloads = [
-        (workload, SECONDS[part] / (10 if options.quick else 1))
+        (workload, options.seconds or SECONDS[part] / (10 if options.quick else 1))
         for part in PARTS[options.what]
         for dtype in options.dtype or ["bfloat16" if options.device == "cuda" else "float32"]
         for workload in part(DTYPES[dtype], torch.device(options.device), options.quick)

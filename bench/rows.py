@@ -34,7 +34,7 @@ def measure(workload, clock, seconds, ceilings=None, only=None, in_haste=False):
                     raise Skip("takes minutes to build, and half of the budget is used up")
                 bind = c.build(problem)
                 result = c.collect(bind(problem.checked)(), problem.checked)
-                errors[c.name] = error_of(result, problem.truth)
+                errors[c.name] = error_of(result, problem.truth, problem.unit)
                 runs[c.name] = bind(problem.timed)
         timings = interleave(runs, clock, seconds, failures)
 
@@ -69,12 +69,13 @@ def skipped(workload, reason):
     return [_row(workload, c, "skipped", reason) for c in workload.contenders]
 
 
-def error_of(result, truth):
-    """{"max", "rms"} of what the tensors of result differ from those of truth, in fp64."""
+def error_of(result, truth, unit=1.0):
+    """{"max", "rms"} of what the tensors of result differ from those of truth, in fp64 and units."""
     for r, t in zip(result, truth, strict=True):
         if r.shape != t.shape:
             raise ValueError(f"result is {list(r.shape)}, the definition's {list(t.shape)}")
-    apart = torch.cat([(r.double() - t).flatten() for r, t in zip(result, truth, strict=True)])
+    apart = [((r.double() - t) / unit).flatten() for r, t in zip(result, truth, strict=True)]
+    apart = torch.cat(apart)
     if not apart.isfinite().all():
         raise ValueError("result is not finite")
     return {"max": apart.abs().max().item(), "rms": apart.square().mean().sqrt().item()}

@@ -42,6 +42,7 @@ class Problem:
     truth: list  # fp64 tensors: the definition's result on `checked`
     gate: Callable  # (error, error of the baseline) -> why that is too much, or None
     work: dict  # {"C": FLOP, "B": bytes} of a run
+    unit: Any = 1.0  # of errors: a number, or a tensor that broadcasts against `truth`
     tokens: int | None = None  # valid ones, of a run
     fill: float | None = None  # valid ones / positions
     static: bool = True  # one shape in all of `timed` and `checked`

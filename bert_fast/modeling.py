@@ -19,7 +19,6 @@ import threading
 
 import torch
 import transformers
-from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -93,14 +92,14 @@ def layer_forward(layer, x, qkv_weight, qkv_bias, tokens, causal):
     o = _attend(layer.attention.self, x, qkv_weight, qkv_bias, tokens, causal)
     x = _add_norm(layer.attention.output, o, x, tokens)
     inner = layer.intermediate.dense
-    h = ops.gelu(F.linear(x, inner.weight, inner.bias), num_tokens=tokens.num_tokens)
+    h = ops.linear(x, inner.weight, inner.bias, "gelu", tokens.num_tokens)
     return _add_norm(layer.output, h, x, tokens)
 
 
 def _attend(attention, x, qkv_weight, qkv_bias, tokens, causal):
     """BertSelfAttention: x [T, H] -> [T, H]."""
     heads, D = attention.num_attention_heads, attention.attention_head_size
-    q, k, v = F.linear(x, qkv_weight, qkv_bias).view(len(x), 3, heads, D).unbind(1)
+    q, k, v = ops.linear(x, qkv_weight, qkv_bias).view(len(x), 3, heads, D).unbind(1)
     o = ops.attention(
         q, k, v, tokens.cu_seqlens, tokens.shape[1],
         causal=causal, scale=attention.scaling, num_tokens=tokens.num_tokens,
@@ -112,7 +111,7 @@ def _add_norm(output, h, residual, tokens):
     """LayerNorm(dense(h) + residual): the end of both halves of a layer."""
     dense, norm = output.dense, output.LayerNorm
     return ops.layer_norm(
-        F.linear(h, dense.weight, dense.bias),
+        ops.linear(h, dense.weight, dense.bias),
         norm.weight,
         norm.bias,
         residual=residual,

@@ -104,14 +104,15 @@ def contender(name, times, *result, **options):
     return Contender(name, lambda problem: bind, lambda result, inputs: [result], **options)
 
 
-def rows_of(*contenders, dtype=torch.float16, scale=1.0, **options):
+def rows_of(*contenders, dtype=torch.float16, unit=1.0, **options):
     problem = Problem(
         subject=None,
         timed="timed",
         checked="checked",
         checked_on="one number",
         truth=[torch.tensor([1.0], dtype=torch.float64)],
-        gate=lambda error, baseline: gate(error, baseline, dtype, scale),
+        gate=lambda error, baseline: gate(error, baseline, dtype),
+        unit=unit,
         work={"C": 12.0, "B": 30.0},
         tokens=20,
         layers=2,
@@ -162,7 +163,7 @@ def test_a_result_too_far_from_fp64_has_no_speed(apart, dtype, status):
 
 
 @pytest.mark.parametrize(
-    "apart, dtype, scale, status",
+    "apart, dtype, unit, status",
     [
         (9e-6, torch.float32, 1.0, "ok"),
         (1.1e-5, torch.float32, 1.0, "FAILED"),
@@ -170,9 +171,9 @@ def test_a_result_too_far_from_fp64_has_no_speed(apart, dtype, status):
         (9e-6, torch.float16, 1.0, "FAILED"),
     ],
 )
-def test_fp32_may_always_differ_by_1e5th_of_the_scale(apart, dtype, scale, status):
+def test_fp32_may_always_differ_by_1e5th_of_the_unit(apart, dtype, unit, status):
     exact, ours = contender("stock", [4.0], 1.0 + 2**-23), contender("ours", [2.0], 1.0 + apart)
-    assert rows_of(exact, ours, dtype=dtype, scale=scale)["ours"]["status"] == status
+    assert rows_of(exact, ours, dtype=dtype, unit=unit)["ours"]["status"] == status
 
 
 def test_a_result_of_another_shape_is_not_broadcast():

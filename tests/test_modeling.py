@@ -232,8 +232,10 @@ def test_any_head_dimension_runs(heads, hidden, device):
     mask = masks(device)["right"]
     with torch.no_grad():
         ours, theirs = (m(ids_of(device), mask)[0] for m in (fast, stock))
+        exact = stock.double()(ids_of(device), mask)[0]
     assert_ran_fast(fast)
-    torch.testing.assert_close(ours[mask != 0], theirs[mask != 0], atol=2e-5, rtol=0)
+    apart, limit = ((t - exact)[mask != 0].abs().max() for t in (ours, theirs))
+    assert apart <= 1e-5 + 2 * limit  # with one head of 256, scores are large
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
