@@ -11,7 +11,7 @@ B, S = 5, 23
 HEADS = [cls.__name__ for cls in modeling.CLASSES]
 if INTERPRET:  # slow, and what differs from head to head is transformers' code
     HEADS = ["BertModel", "BertForSequenceClassification"]
-HALVES = [torch.float16] + [torch.bfloat16] * (not INTERPRET)  # its bf16 is wrong
+HALVES = [torch.float16, torch.bfloat16]
 
 
 def config_of(**changes):

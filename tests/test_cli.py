@@ -135,7 +135,7 @@ def test_output_has_stock_embeddings_in_the_order_of_the_texts(stock, pooling, t
     torch.testing.assert_close(torch.from_numpy(written), stock[pooling], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float16"] + ["bfloat16"] * (not INTERPRET))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_dtype_is_that_of_the_arithmetic_and_of_nothing_that_comes_out(stock, dtype, tmp_path):
     path = tmp_path / "e.npy"
     result = run("embed", *TEXTS, "--dtype", dtype, "--output", path, "--device", "cpu")
@@ -402,10 +402,9 @@ def test_doctor_checks_every_op_in_every_dtype_and_the_checkpoint(device):
     assert found["versions"]["torch"] == torch.__version__
     assert found["backends"][device]["backend"] == kernels.backend(device)
     assert found["passed"] is True
-    dtypes = 2 if found["backends"]["cpu"]["backend"] == "interpreter" else 3
     here = [check for check in found["checks"] if check["device"] == device]
     for spec in kernels.SPECS:
-        assert sum(check["subject"] == spec.name for check in here) == 2 * dtypes
+        assert sum(check["subject"] == spec.name for check in here) == 2 * 3
     assert here[-1]["subject"] == "shipped checkpoint"
     assert all(check["passed"] and 0 <= check["share"] <= 1 for check in here)
     assert max(check["error"] for check in here) > 0
