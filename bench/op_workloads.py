@@ -14,7 +14,7 @@ def ops(dtype, device, quick):
     """A workload for each bench case of each op; the first case alone if quick."""
     return [
         Workload(
-            name=_label(spec, case),
+            name=spec.label(case),
             dtype=dtype,
             contenders=(DEFINITION, *PEERS.get(spec.name, ()), OURS),
             baseline=(DEFINITION, *PEERS.get(spec.name, ()))[-1].name,
@@ -23,17 +23,6 @@ def ops(dtype, device, quick):
         for spec in SPECS
         for case in spec.bench[: 1 if quick else None]
     ]
-
-
-def _label(spec, case):
-    """spec.label, where (128, 128, ...) becomes 64x128 and other long tuples 64x20..256."""
-    short = {}
-    for k, v in case.items():
-        if isinstance(v, tuple) and len(v) > 3:
-            low, high = min(v), max(v)
-            v = f"{len(v)}x{low}" if low == high else f"{len(v)}x{low}..{high}"
-        short[k] = v
-    return spec.label(short)
 
 
 def _op_problem(spec, case, dtype, device):
@@ -52,7 +41,7 @@ def _op_problem(spec, case, dtype, device):
         subject=spec,
         timed=timed,
         checked=checked,
-        checked_on=_label(spec, case if small else spec.cases[0]),
+        checked_on=spec.label(case if small else spec.cases[0]),
         truth=truth,
         gate=partial(_op_gate, ulp=torch.finfo(dtype).eps * peak),
         work={"C": flops, "B": moved},

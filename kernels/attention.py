@@ -32,6 +32,15 @@ LOG2E = math.log2(math.e)
 
 
 # -- reference ------------------------------------------------------------------------------
+def _softmax(scores, causal):
+    """Of scores [..., Lq, Lk] over the keys that a query sees; zeros where it sees none."""
+    Lq, Lk = scores.shape[-2:]
+    unseen = torch.ones(Lq, Lk, dtype=torch.bool, device=scores.device)
+    unseen = unseen.triu(1 + Lk - Lq) if causal else ~unseen
+    p = torch.softmax(scores.masked_fill(unseen, -math.inf), -1)
+    return p.masked_fill(unseen.all(-1, keepdim=True), 0.0)
+
+
 def attention_ref(
     q, k, v, cu_seqlens, max_seqlen, *,
     cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, num_tokens=None,
@@ -43,11 +52,7 @@ def attention_ref(
         of_q = slice(cu_seqlens[b], cu_seqlens[b + 1])
         of_k = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
         scores = torch.einsum("qhd,khd->hqk", q[of_q], k[of_k]) * scale
-        if causal:
-            unseen = torch.ones_like(scores, dtype=torch.bool)
-            unseen = unseen.triu(1 + scores.shape[2] - scores.shape[1])
-            scores = scores.masked_fill(unseen, -math.inf)
-        p = torch.softmax(scores, -1).nan_to_num(0.0)  # a row of no keys is 0 / 0
+        p = _softmax(scores, causal)
         o[of_q] = torch.einsum("hqk,khd->qhd", p, v[of_k])
     return o
 
@@ -259,11 +264,7 @@ def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):
     for n, Lq, Lk, start_q, start_k in _runs(cu_seqlens, cu_seqlens_k):
         do_, q_ = (_batch(t, start_q, n, Lq).to(wide) for t in (do, q))
         k_, v_ = (_batch(t, start_k, n, Lk).to(wide) for t in (k, v))
-        s = q_ @ k_.mT * scale
-        if causal:
-            unseen = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).triu(1 + Lk - Lq)
-            s = s.masked_fill(unseen, -math.inf)
-        p = torch.softmax(s, -1).nan_to_num(0.0)
+        p = _softmax(q_ @ k_.mT * scale, causal)
         dp = do_ @ v_.mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         _batch(dq, start_q, n, Lq).copy_(ds @ k_)
@@ -379,8 +380,23 @@ def _inputs(dtype, device, lengths, lengths_k=None, heads=2, D=64, causal=False,
     }
     if lengths_k is not None:
         inputs["cu_seqlens_k"] = cu_seqlens_of(lengths_k, device)
-        inputs["max_seqlen_k"] = max(lengths_k)
+        inputs["max_seqlen_k"] = max(lengths_k, default=0)
     return inputs
+
+
+def _fuzz(rng):
+    def lengths(count):
+        return [rng.choice((0, 1, 2, 3, 5, 16, 17, 31, 33, 64, 65)) for _ in range(count)]
+
+    case = {"lengths": lengths(rng.randint(0, 4)), "heads": rng.randint(1, 3)}
+    case["D"] = rng.choice((1, 8, 16, 31, 32, 33, 64, 64, 80, 128, 200, 256))
+    if rng.random() < 0.3:
+        case["lengths_k"] = lengths(len(case["lengths"]))
+    if rng.random() < 0.3:
+        case["causal"] = True
+    if rng.random() < 0.2:
+        case["scale"] = rng.choice((-1.0, 0.0, 0.01, 1.0, 3.0))
+    return case
 
 
 def _cost(itemsize, lengths, lengths_k=None, heads=2, D=64, causal=False, **_):
@@ -414,6 +430,9 @@ SPEC = Spec(
         {"lengths": (31, 7), "scale": 1.0},  # near one-hot
         {"lengths": (3,), "lengths_k": (8192,), "heads": 1, "D": 16},
     ),
+    fuzz=_fuzz,
+    whole={"lengths": (128, 256), "heads": 2, "D": 64},
+    huge=({"lengths": (512,) * 8200, "heads": 8, "D": 64},),
     bench=tuple(
         {"lengths": (S,) * (16384 // S), "heads": heads, "D": D}
         for heads, D in ((12, 32), (12, 64), (16, 64))

@@ -383,6 +383,21 @@ def _inputs(
     }
 
 
+def _fuzz(rng):
+    B, S = rng.randint(0, 3), rng.randint(1, 9)
+    case = {"B": B, "S": S, "N": rng.choice((1, 2, 7, 16, 31, 64, 100, 129, 768))}
+    if rng.random() < 0.6:
+        case["tokens"] = rng.randint(0, B * S)
+    for option in ("embeds", "ids"):
+        if rng.random() < 0.4:
+            case[option] = True
+    if rng.random() < 0.2:
+        case["padding_idx"] = rng.randint(0, 10)
+    if rng.random() < 0.3:
+        case["id_dtype"] = "int32"
+    return case
+
+
 def _cost(itemsize, B, S, N, tokens=None, ids=False, **_):
     T = B * S if tokens is None else tokens
     return 9 * T * N, T * (4 * N * itemsize + 8 * (1 + 2 * ids) + 4 * (tokens is not None))
@@ -403,6 +418,12 @@ SPEC = Spec(
         {"B": 2, "S": 3, "N": 64, "tokens": 0},
         {"B": 0, "S": 3, "N": 64},
         {"B": 2, "S": 4, "N": 33, "ids": True, "id_dtype": torch.int32},
+    ),
+    fuzz=_fuzz,
+    whole={"B": 2, "S": 8, "N": 1024, "ids": True},
+    huge=(
+        {"B": 4200, "S": 512, "N": 1024, "V": 2**21 + 3, "ids": True},
+        {"B": 4200, "S": 512, "N": 1024, "embeds": True, "tokens": 2**21},
     ),
     bench=(
         {"B": 32, "S": 512, "N": 768, "V": 30522, "ids": True},

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from . import launch
 from .launch import DTYPES, show, tl, triton
+from .layer_norm import fuzz_shape
 from .spec import Spec
 
 
@@ -59,9 +60,9 @@ def _forward_kernel(
 
 # -- launchers ------------------------------------------------------------------------------
 def _config(N):
-    """8 elements a thread, four warps at most: a row of 3072 is three programs."""
+    """A row of 3072 is three programs."""
     BLOCK_N = min(triton.next_power_of_2(N), 1024)
-    return {"BLOCK_N": BLOCK_N, "num_warps": max(BLOCK_N // 256, 1)}
+    return {"BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N)}
 
 
 def _forward(y, x, bias, num_tokens):
@@ -157,9 +158,14 @@ def _inputs(dtype, device, shape, bias=True, scale=3.0):
     }
 
 
+def _fuzz(rng):
+    scale = rng.choice((1e-6, 0.1, 3.0, 100.0))
+    return {"shape": fuzz_shape(rng), "bias": rng.random() < 0.7, "scale": scale}
+
+
 def _cost(itemsize, shape, bias=True, **_):
     size = math.prod(shape)
-    return (8 + bias) * size, (2 * size + bias * shape[-1]) * itemsize
+    return (5 + bias) * size, (2 * size + bias * shape[-1]) * itemsize
 
 
 SPEC = Spec(
@@ -178,6 +184,9 @@ SPEC = Spec(
         {"shape": (3, 64), "scale": 1e-6},
         {"shape": (3, 64), "scale": 100.0},  # saturated on both sides
     ),
+    fuzz=_fuzz,
+    whole={"shape": (4, 1024)},
+    huge=({"shape": (2**19 + 3, 4096)},),
     bench=(
         {"shape": (32 * 512, 1536)},
         {"shape": (32 * 512, 3072)},  # BERT-base

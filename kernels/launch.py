@@ -34,6 +34,7 @@ MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU; older ones lack bf16 tensor cores a
 
 LIB = torch.library.Library("bert_fast", "FRAGMENT")
 KERNELS = {}  # the Triton form of each op by name, for checks that compile it without a GPU
+WARP_SIZE = 64 if torch.version.hip else 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take; all accumulate in fp32
 
 
@@ -82,18 +83,21 @@ def define(schema, outputs, launch, plain):
     """
 
     def kernel(*args):
+        out = outputs(*args)
+        launch(out, *args)
+        return out
+
+    def kernel_on_its_device(*args):
         first = next(a for a in args if a is not None)
         if reason := missing(first.device):
             raise RuntimeError(f"bert_fast::{name}: {reason}")
-        out = outputs(*args)
         with torch.cuda.device_of(first):
-            launch(out, *args)
-        return out
+            return kernel(*args)
 
     name = schema.partition("(")[0]
     KERNELS[name] = kernel
     LIB.define(schema)
-    LIB.impl(name, kernel, "CUDA")
+    LIB.impl(name, kernel_on_its_device, "CUDA")
     LIB.impl(name, kernel if INTERPRET else plain, "CPU")
     torch.library.register_fake(f"bert_fast::{name}", outputs, lib=LIB)
     return getattr(torch.ops.bert_fast, name).default
@@ -128,6 +132,11 @@ def pad_rows(t, M):
     out = t.new_zeros(M, *t.shape[1:])
     out[: len(t)] = t
     return out
+
+
+def warps(elements):
+    """For a tile of so many elements, at 8 a thread: one 16-byte access of fp16. At most 16."""
+    return min(max(elements // (8 * WARP_SIZE), 1), 16)
 
 
 def rows(t):

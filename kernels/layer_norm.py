@@ -81,9 +81,9 @@ def _forward_kernel(
 
 # -- launchers ------------------------------------------------------------------------------
 def row_config(N):
-    """8 elements a thread, which is one 16-byte load of fp16, up to 16 warps."""
+    """A program holds its whole row."""
     BLOCK_N = triton.next_power_of_2(N)
-    return {"BLOCK_N": BLOCK_N, "num_warps": min(max(BLOCK_N // 256, 1), 16)}
+    return {"BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N)}
 
 
 def _forward(y, x, weight, bias, residual, eps, num_tokens):
@@ -214,6 +214,21 @@ def _inputs(dtype, device, shape, residual=True, eps=1e-12, weight_dtype=None):
     }
 
 
+def fuzz_shape(rng):
+    """Up to three dimensions, of few rows and of columns around powers of two."""
+    leading = [rng.choice((0, 1, 1, 2, 3, 5)) for _ in range(rng.randint(0, 2))]
+    return [*leading, rng.choice((1, 2, 3, 7, 16, 31, 64, 100, 127, 128, 129, 768, 1000, 1025))]
+
+
+def _fuzz(rng):
+    case = {"shape": fuzz_shape(rng), "residual": rng.random() < 0.7}
+    if rng.random() < 0.3:
+        case["eps"] = rng.choice((1e-5, 1.0))
+    if rng.random() < 0.2:
+        case["weight_dtype"] = "float32"
+    return case
+
+
 def _cost(itemsize, shape, residual=True, **_):
     size = math.prod(shape)
     return (7 + residual) * size, ((2 + residual) * size + 2 * shape[-1]) * itemsize
@@ -236,6 +251,9 @@ SPEC = Spec(
         {"shape": (3, 64), "eps": 1.0},  # large enough to show
         {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
     ),
+    fuzz=_fuzz,
+    whole={"shape": (8, 1024)},
+    huge=({"shape": (2**21 + 3, 1024)},),
     bench=(
         {"shape": (32 * 512, 384)},
         {"shape": (32 * 512, 768)},  # BERT-base

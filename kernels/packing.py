@@ -163,7 +163,7 @@ def _unpack(y, x, packed_row):
         BLOCK_N = min(triton.next_power_of_2(N), 1024)
         _unpack_kernel[(packed_row.numel(),)](
             x, packed_row.contiguous(), y, x.stride(0), N,
-            BLOCK_N=BLOCK_N, num_warps=max(BLOCK_N // 256, 1),
+            BLOCK_N=BLOCK_N, num_warps=launch.warps(BLOCK_N),
         )
 
 
@@ -258,7 +258,9 @@ def unpack(x, packed_row):
 # -- specs ----------------------------------------------------------------------------------
 def ragged_mask(lengths, S, device, dtype=torch.int64):
     """dtype[B, S] with lengths[b] tokens in row b; of a negative length, the last -lengths[b];
-    of None, every third position."""
+    of None, every third position. A number of lengths is that many rows without padding."""
+    if isinstance(lengths, int):
+        return torch.ones(lengths, S, dtype=dtype, device=device)
     position = torch.arange(S, device=device)
     return torch.stack(
         [
@@ -273,8 +275,12 @@ def _pack_inputs(dtype, device, lengths, S, mask_dtype=torch.int64):
 
 
 def _unpack_inputs(dtype, device, lengths, S, N):
-    packed_row = pack_ref(ragged_mask(lengths, S, device)).packed_row
-    T = int((packed_row >= 0).sum())
+    if isinstance(lengths, int):
+        T = lengths * S
+        packed_row = torch.arange(T, dtype=torch.int32, device=device).view(lengths, S)
+    else:
+        packed_row = pack_ref(ragged_mask(lengths, S, device)).packed_row
+        T = int((packed_row >= 0).sum())
     return {"x": torch.randn(T, N, device=device).to(dtype), "packed_row": packed_row}
 
 
@@ -290,6 +296,21 @@ _CASES = (
 _BENCH = ({"lengths": (128, 60, 20, 256) * 8, "S": 256}, {"lengths": (512,) * 32, "S": 512})
 _DTYPES = (torch.bool, torch.float32, torch.float16, torch.uint8, torch.int32)
 
+
+def _fuzz_lengths(rng):
+    S = rng.choice((0, 1, 2, 5, 8, 15, 16, 17, 40, 130))
+    lengths = [rng.choice((None, rng.randint(-S, S), 0, S)) for _ in range(rng.randint(0, 5))]
+    return {"lengths": lengths, "S": S}
+
+
+def _fuzz_pack(rng):
+    return {**_fuzz_lengths(rng), "mask_dtype": rng.choice(("int64", "bool", "float32", "int32"))}
+
+
+def _fuzz_unpack(rng):
+    return {**_fuzz_lengths(rng), "N": rng.choice((1, 3, 16, 64, 65, 768, 1025))}
+
+
 PACK = Spec(
     fn=pack,
     ref=pack_ref,
@@ -297,9 +318,12 @@ PACK = Spec(
     cost=lambda itemsize, lengths, S, **_: (0, len(lengths) * (S * (8 + 8 + 4 + 4) + 12)),
     cases=(
         *_CASES,
-        {"lengths": (1, 0) * 10 + (2,) * 1030, "S": 2},  # more sequences than a block
+        {"lengths": (1, 0) * 10 + (2,) * 30, "S": 2},  # more sequences than a block
         *({"lengths": (3, -2, None), "S": 7, "mask_dtype": dtype} for dtype in _DTYPES),
     ),
+    fuzz=_fuzz_pack,
+    whole={"lengths": (512, 1024), "S": 1024},
+    huge=({"lengths": 65535, "S": 32767}, {"lengths": 32767, "S": 65535}),
     bench=(*_BENCH, *({**_BENCH[0], "mask_dtype": dtype} for dtype in _DTYPES[:3])),
     rejects={
         "attention_mask must be real [B, S], got float32[8]": {"attention_mask": torch.ones(8)},
@@ -321,6 +345,9 @@ UNPACK = Spec(
     cases=tuple(
         {**case, "N": N} for case, N in zip(_CASES, (64, 1, 3, 1025, 5, 7, 8))
     ),
+    fuzz=_fuzz_unpack,
+    whole={"lengths": (64, 64), "S": 64, "N": 256},
+    huge=({"lengths": 4200, "S": 512, "N": 1024},),
     bench=tuple({**case, "N": 768} for case in _BENCH),
     rejects={
         "x must be fp32, fp16 or bf16 [T, N], got int64[3, 4]": {"x": torch.ones(3, 4).long()},

@@ -13,6 +13,9 @@ class Spec:
     inputs: Callable  # (dtype, device, **case) -> keywords of fn and ref
     cost: Callable  # (itemsize, **case) -> (flops, bytes moved) of one forward call
     cases: tuple[Mapping, ...]  # small, for the interpreter: a typical one, then every edge
+    fuzz: Callable  # (random.Random) -> a small case at random, plain enough for JSON
+    whole: Mapping  # small, of whole tiles: what its launches do is held against its cost
+    huge: tuple[Mapping, ...]  # with an offset past 2^31; never allocated, see check/examine.py
     bench: tuple[Mapping, ...]  # real sizes, for benchmarks and the compile check
     rejects: Mapping[str, Mapping]  # start of a ValueError's text -> keywords that raise it
     packed: tuple[str, ...] = ()  # inputs with a row for each token: past num_tokens never read
@@ -27,8 +30,11 @@ class Spec:
 
 
 def _short(value):
-    """str, but a long tuple as its range and count, and a dtype without its module."""
-    if isinstance(value, tuple) and len(value) > 8:
-        values = sorted(set(value))
-        return f"{values[0]}..{values[-1]} * {len(value)}"
+    """str, but 64x512 for a tuple of 64 times 512, 64x20..256 for other long ones, and a dtype
+    without its module."""
+    if isinstance(value, tuple) and len(value) > 3:
+        if len(set(value)) == 1:
+            return f"{len(value)}x{value[0]}"
+        if len(value) > 8:
+            return f"{len(value)}x{min(value)}..{max(value)}"
     return str(value).removeprefix("torch.")

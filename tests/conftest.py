@@ -14,6 +14,18 @@ from bert_fast.kernels.launch import INTERPRET
 GPU = torch.cuda.is_available() and not INTERPRET
 
 
+def pytest_addoption(parser):
+    parser.addoption("--op", metavar="OP", help="the tests of test_ops.py for this op alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if op := config.getoption("--op"):
+        items[:] = [
+            item for item in items
+            if (spec := getattr(item, "callspec", None)) and spec.params["spec"].name == op
+        ]  # fmt: skip
+
+
 @pytest.fixture
 def device():
     return "cuda" if GPU else "cpu"

@@ -2,24 +2,27 @@
 
     pytest tests/test_ops.py                        the CPU's implementations; on a GPU, the kernels
     TRITON_INTERPRET=1 pytest tests/test_ops.py     the kernels, in Triton's interpreter
-
-The interpreter is wrong for bf16 (it truncates where a GPU rounds, and multiplies raw bits), so
-bf16 is for the other two.
+    pytest tests/test_ops.py --op layer_norm        one op
 """
 
 import inspect
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast.kernels import SPECS
-from bert_fast.kernels.launch import INTERPRET
+from bert_fast.kernels.launch import DTYPES, INTERPRET
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
+
+from judge import LAYOUTS, further_rows, is_float
 
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRET)
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
@@ -40,10 +43,6 @@ def cases(first=None, packed=False):
 def inputs_of(spec, case, dtype=torch.float32):
     torch.manual_seed(0)
     return spec.inputs(dtype, DEVICE, **case)
-
-
-def is_float(t):
-    return isinstance(t, torch.Tensor) and t.is_floating_point()
 
 
 def results(spec, fn, inputs, dtype=None, layout=lambda t, i: t, dout_rows=None):
@@ -114,43 +113,17 @@ def test_matches_definition(spec, case, dtype):
     assert_matches_definition(spec, case, dtype)
 
 
-# A layout takes a tensor and its place among the inputs: no two strides may agree by chance.
-def rows_apart(t, i):
-    return torch.nn.functional.pad(t, (0, 1 + i))[..., : t.shape[-1]] if t.ndim > 1 else t
-
-
-def columns_apart(t, i):
-    if t.dtype == torch.int32 and t.ndim == 1:
-        return t  # cu_seqlens is contiguous by contract
-    return t.repeat_interleave(2 + i, dim=-1)[..., :: 2 + i]
-
-
-def batch_inside(t, i):
-    return t.movedim(0, -2).contiguous().movedim(-2, 0) if t.ndim > 2 else t
-
-
-LAYOUTS = (rows_apart, columns_apart, batch_inside)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spec, case", cases(first=2))
 def test_any_layout(spec, case, layout):
-    assert_matches_definition(spec, case, torch.float32, layout=layout)
+    assert_matches_definition(spec, case, torch.float32, layout=LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("spec, case", cases(first=2, packed=True))
 def test_rows_past_num_tokens_are_not_read_and_zero(spec, case):
     inputs = inputs_of(spec, case)
     expected = results(spec, spec.fn, inputs)
-    rows = len(inputs[spec.packed[0]])
-    further = dict(inputs)
-    for name in spec.packed:
-        if (t := inputs[name]) is not None:
-            poison = torch.nan if t.is_floating_point() else 2**30
-            further[name] = torch.cat((t, t.new_full((3, *t.shape[1:]), poison)))
-    if "num_tokens" in inspect.signature(spec.fn).parameters:
-        further["num_tokens"] = torch.tensor([rows], dtype=torch.int32, device=DEVICE)
-    ours = results(spec, spec.fn, further, dout_rows=len(expected["output"]))
+    ours = results(spec, spec.fn, further_rows(spec, inputs), dout_rows=len(expected["output"]))
     assert ours.keys() == expected.keys()
     for name, result in ours.items():
         assert torch.equal(result[: len(expected[name])], expected[name]), name

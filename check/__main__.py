@@ -1,0 +1,62 @@
+"""Prove kernels without a GPU.
+
+    python check op layer_norm          everything below for one op, on one screen
+    python check fuzz --cases 2000      random cases against the definition
+    python check mutants                bugs made mechanically: each must be found
+    python check aot                    what the compiler makes of every kernel, and how fast it is
+
+All but aot run the kernels in Triton's interpreter and want TRITON_INTERPRET=1, as make sets it.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# This folder in place of what is there: under `python -m check` that is the repository, whose
+# folder kernels/ would hide a distribution of the same name that transformers imports.
+sys.path[0] = str(Path(__file__).resolve().parent)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+
+from bert_fast import kernels
+from bert_fast.kernels.launch import HAS_TRITON
+
+if not HAS_TRITON:
+    sys.exit("check: needs triton, which runs on Linux; pip install triton")
+
+import aot
+import fuzz
+import mutants
+import one_op
+
+COMMANDS = {"op": one_op, "fuzz": fuzz, "mutants": mutants, "aot": aot}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"check: {message}\n")
+
+
+def main():
+    as_written = argparse.RawTextHelpFormatter
+    parser = Parser("check", description=__doc__, formatter_class=as_written)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.__doc__.partition("\n")[0])
+        if name == "op":
+            command.add_argument("op", metavar="OP", nargs=1)
+        else:
+            command.add_argument("--op", metavar="OP", action="append", help="may be repeated")
+        module.add_arguments(command)
+    options = parser.parse_args()
+    known = {s.name: s for s in kernels.SPECS}
+    for name in options.op or ():
+        if name not in known:
+            if name in aot.kernels_without_spec():
+                parser.error(aot.WITHOUT_SPEC.format(name))
+            parser.error(f"no op {name}; there are {', '.join(known)}")
+    return COMMANDS[options.command].main(options, [known[n] for n in options.op or known])
+
+
+if __name__ == "__main__":  # a spawned worker imports this file too
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""Every launch of every op of SPECS, compiled for GPUs that this machine need not have: what the
+machine code holds, whether it keeps its budgets, and the time that roofline.py predicts.
+
+The ops are called on CPU tensors of benchmark size, and Triton's own launch path decides what to
+compile: types, alignment, None, num_warps. Only the launch is left out. So no signature is
+written twice, and what is checked is what will run.
+
+Budgets, as text in `over` of a launch that breaks one:
+
+shared      fits what one program can have; on every architecture, the next on those of GATED
+spills      none in a hot loop; elsewhere they are reported
+tensor      an instruction of the tensor cores, where the kernel has a tl.dot. Exact products of
+            fp32 need none on NVIDIA, whose tensor cores have no such thing; AMD's have.
+accesses    of the bytes that the global accesses in the code move, 90 % go 128 bits a thread at a
+            time. Loads of one value (an id, a length) do not count. Stores from 64 bits on pass
+            on AMD after a tl.dot: four neighbours lie in a thread of its matrix cores, and the
+            backend prefers such stores to a trip through shared memory. A launch that moves less
+            than BULK is free: there the width saves less time than it takes to start a kernel.
+"""
+
+import importlib
+import itertools
+import json
+import math
+import os
+import pkgutil
+import sys
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from roofline import COPY, GPUS, LAUNCH, PRODUCT, TARGETS, analyse, predict, tool
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bert_fast import kernels
+from bert_fast.kernels import SPECS
+from bert_fast.kernels.launch import INTERPRET, KERNELS
+
+ROOT = Path(__file__).resolve().parents[1]
+GATED = ("sm_80", "sm_90", "gfx942")
+BULK = 4 << 20  # bytes, which an A100 moves in 2 us
+WITHOUT_SPEC = "the op {} has kernels and no Spec among SPECS of kernels/__init__.py"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+# -- compiling ------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Launch:
+    kernel: triton.compiler.CompiledKernel
+    programs: int
+
+
+class Driver:
+    """What Triton asks of a GPU driver before it launches."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_device(self):
+        return self.target.arch  # kernels are cached by device: one for each target
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self.target
+
+
+class OnKernels(TorchDispatchMode):
+    """Calls the Triton form of every bert_fast op that has one, whatever the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()  # their names
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "bert_fast":
+            self.called.add(op._opname)
+            return KERNELS[op._opname](*args)
+        return op(*args, **(kwargs or {}))
+
+
+def compile_all(spec, case, dtype, archs):
+    """{arch: the launches of one call of the op}, each kernel compiled for it."""
+    inputs = spec.inputs(dtype, "cpu", **case)
+    return {arch: _launches(spec.fn, inputs, TARGETS[arch].triton) for arch in archs}
+
+
+def _launches(fn, inputs, target):
+    launches = []
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(Launch(kernel, math.prod(grid)))
+
+    for name in ("ptxas", "cuobjdump", "nvdisasm") if target.backend == "cuda" else ():
+        tool(name)
+    with (
+        patch.object(triton.JITFunction, "run", compile_only),
+        patch.object(triton.runtime.driver, "_active", Driver(target)),
+        patch("bert_fast.kernels.launch.WARP_SIZE", target.warp_size),
+        torch.no_grad(),
+        OnKernels(),
+    ):
+        fn(**inputs)
+    assert launches
+    return launches
+
+
+def kernels_without_spec(specs=SPECS):
+    """Names of the ops with a Triton form, in any file of kernels/, that no op of specs calls."""
+    for module in pkgutil.iter_modules(kernels.__path__):
+        importlib.import_module(f"{kernels.__name__}.{module.name}")
+    with patch.object(triton.JITFunction, "run"), torch.no_grad(), OnKernels() as mode:
+        for spec in specs:
+            spec.fn(**spec.inputs(torch.float32, "cpu", **spec.cases[0]))
+    return sorted(KERNELS.keys() - mode.called)
+
+
+# -- rows -----------------------------------------------------------------------------------
+def rows(spec, archs, dtypes):
+    """A row for each launch of each benchmark case: a dict, as in the JSON file."""
+    known = {}
+    for name, case in itertools.product(dtypes, spec.bench):
+        dtype = DTYPES[name]
+        flops, moved = spec.cost(dtype.itemsize, **case)
+        for arch, launches in compile_all(spec, case, dtype, archs).items():
+            for launch in launches:
+                if launch.kernel.hash not in known:
+                    known[launch.kernel.hash] = analyse(launch.kernel, TARGETS[arch])
+            found = [known[launch.kernel.hash] for launch in launches]
+            for launch, resources, share in zip(launches, found, _shares(launches, found)):
+                yield launch_row(
+                    {"op": spec.name, "case": spec.label(case), "dtype": name},
+                    arch, resources, launch.programs,
+                    flops if resources.dots or len(launches) == 1 else 0,
+                    round(moved * share),
+                )  # fmt: skip
+
+
+def _rows_of(name, archs, dtypes):
+    (spec,) = (s for s in SPECS if s.name == name)
+    return list(rows(spec, archs, dtypes))
+
+
+def report(specs, archs, dtypes, jobs=1):
+    """The rows of all specs, as a list. Their ops are by name, so that workers find them too."""
+    todo = list(itertools.product([s.name for s in specs], [[a] for a in archs], [dtypes]))
+    if jobs == 1:
+        return [row for part in todo for row in _rows_of(*part)]
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        futures = [pool.submit(_rows_of, *part) for part in todo]
+        futures = track(futures, "compile", console=Console(stderr=True), transient=True)
+        return [row for future in futures for row in future.result()]
+
+
+def _shares(launches, resources):
+    """Of the bytes of an op, those of each of its launches."""
+    moves = [
+        launch.programs * (r.once["bytes"] + r.trip.get("bytes", 0))
+        for launch, r in zip(launches, resources)
+    ]
+    return [n / sum(moves) for n in moves]
+
+
+def launch_row(labels, arch, resources, programs, flops, moved):
+    row = {
+        **labels,
+        "arch": arch,
+        "programs": programs,
+        "flops": flops,
+        "bytes": moved,
+        **asdict(resources),
+        "shared_limit": TARGETS[arch].shared,
+        "predicted": {
+            name: predict(resources, gpu, programs, flops, moved)
+            for name, gpu in GPUS.items()
+            if gpu.arch == arch
+        },
+    }
+    return row | {"wide": _wide(row), "over": budget(row)}
+
+
+def _wide(row):
+    """The share of bytes in accesses as wide as the budget asks."""
+    matrix_cores = row["dots"] and not TARGETS[row["arch"]].nvidia
+    least = {"loads": 128, "stores": 64 if matrix_cores else 128}
+    counts = [(kind, bits, n) for kind in least for bits, n in row[kind].items()]
+    total = sum(bits * n for _, bits, n in counts)
+    return sum(bits * n for kind, bits, n in counts if bits >= least[kind]) / total if total else 1
+
+
+def budget(row):
+    """The budgets that a row is over."""
+    over = []
+    if row["shared"] > row["shared_limit"]:
+        over.append(f"shared memory: {row['shared']} bytes, {row['shared_limit']} there are")
+    if row["arch"] not in GATED:
+        return over
+    if row["spills"]["hot"]:
+        over.append(f"spills: {row['spills']['hot']} in a hot loop")
+    impossible = {"f32"} if TARGETS[row["arch"]].nvidia else set()
+    if not row["tensor"] and (dots := set(row["dots"]) - impossible):
+        over.append(f"tensor cores: none for products of {', '.join(sorted(dots))}")
+    if row["bytes"] >= BULK and _wide(row) < 0.9:
+        widths = {f"{kind} of {b} bits": n for kind in ("loads", "stores") for b, n in row[kind].items()}
+        told = ", ".join(f"{n} {kind}" for kind, n in widths.items())
+        over.append(f"accesses: {_wide(row):.0%} of the bytes are 128 bits wide ({told})")
+    return over
+
+
+# -- what was measured ----------------------------------------------------------------------
+def measured(rows, folder=ROOT / "bench" / "results"):
+    """Predictions beside the measurements of result files: (file, gpu, op, dtype, both seconds)."""
+    predicted = defaultdict(float)
+    for row in rows:
+        for gpu, times in row["predicted"].items():
+            predicted[gpu, row["case"], row["dtype"]] += times["seconds"]
+    for file in sorted(folder.glob("*.json")):
+        content = json.loads(file.read_text())
+        gpu = next((g for g in GPUS if g in content["device"]["name"]), None)
+        for row in content["rows"]:
+            key = gpu, row["workload"], row["dtype"]
+            if row["contender"] == "ours" and row["status"] == "ok" and key in predicted:
+                yield file.name, *key, predicted[key], row["median_s"]
+
+
+# -- tables ---------------------------------------------------------------------------------
+def resource_table(rows):
+    """A line for each kernel and architecture: the worst of its cases and dtypes."""
+    grid = Table(title="the worst of all cases and dtypes", title_justify="left", box=None)
+    grid.add_column("kernel")
+    grid.add_column("arch")
+    for heading in (
+        "registers", "spills hot/cold", "shared KiB", "of", "warps resident", "tensor cores",
+        "128 bits", "budgets",
+    ):  # fmt: skip
+        grid.add_column(heading, justify="right")
+    groups = defaultdict(list)
+    for row in rows:
+        groups[f"{row['op']} {row['kernel']}", row["arch"]].append(row)
+    for (kernel, arch), of in groups.items():
+        target = TARGETS[arch]
+        bulky = [row["wide"] for row in of if row["bytes"] >= BULK]
+        dotted = [bool(row["tensor"]) for row in of if row["dots"]]
+        grid.add_row(
+            kernel, arch,
+            f"{max(row['registers'] for row in of)}",
+            f"{max(r['spills']['hot'] for r in of)}/{max(r['spills']['cold'] for r in of)}",
+            f"{max(row['shared'] for row in of) / 1024:.0f}",
+            f"{target.shared // 1024}",
+            f"{min(r['resident'] * r['warps'] / 4 / target.warps for r in of):.0%}",
+            f"{sum(dotted)} of {len(dotted)}" if dotted else "",
+            f"{min(bulky):.0%}" if bulky else "",
+            "[red]over[/]" if any(row["over"] for row in of) else "kept",
+        )  # fmt: skip
+    return grid
+
+
+def prediction_table(rows, dtype):
+    """A line for each case of an op: microseconds, and what bounds its longest launch."""
+    gpus = [g for g in GPUS if any(g in row["predicted"] for row in rows)]
+    grid = Table(title=f"predicted us, {dtype}", title_justify="left", box=None)
+    grid.add_column("case", overflow="fold")
+    for heading in ("MFLOP", "MB", *gpus):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    cases = defaultdict(list)
+    for row in rows:
+        if row["dtype"] == dtype:
+            cases[row["case"]].append(row)
+    for case, of in cases.items():
+        first = [row for row in of if row["arch"] == of[0]["arch"]]
+        cells = []
+        for gpu in gpus:
+            times = [row["predicted"][gpu] for row in of if gpu in row["predicted"]]
+            longest = max(times, key=lambda t: t["seconds"])
+            cells.append(f"{sum(t['seconds'] for t in times) * 1e6:.1f} {longest['bound']}")
+        flops, moved = (sum(row[k] for row in first) / 1e6 for k in ("flops", "bytes"))
+        grid.add_row(case, f"{flops:,.0f}", f"{moved:,.1f}", *cells)
+    return grid
+
+
+def measured_table(pairs):
+    grid = Table(title="predicted against measured", title_justify="left", box=None)
+    for heading in ("file", "GPU", "case", "dtype"):
+        grid.add_column(heading, overflow="fold")
+    for heading in ("predicted us", "measured us", "off"):
+        grid.add_column(heading, justify="right")
+    for *labels, ours, theirs in pairs:
+        off = ours / theirs - 1
+        grid.add_row(*labels, f"{ours * 1e6:.1f}", f"{theirs * 1e6:.1f}", f"{off:+.0%}")
+    return grid
+
+
+# -- the command ----------------------------------------------------------------------------
+def add_arguments(parser):
+    parser.add_argument("--arch", choices=TARGETS, action="append", help="may be repeated")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
+
+
+def main(options, specs):
+    if INTERPRET:
+        sys.exit("check aot: compiles kernels, which the interpreter does not; unset TRITON_INTERPRET")
+    archs, dtypes = options.arch or list(TARGETS), options.dtype or list(DTYPES)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    amiss = [WITHOUT_SPEC.format(name) for name in kernels_without_spec()]
+    try:
+        found = report(specs, archs, dtypes, options.jobs)
+    except FileNotFoundError as error:  # a tool of the compiler
+        sys.exit(f"check aot: {error}")
+    console.print(resource_table(found), "")
+    if any(row["predicted"] for row in found):
+        shown = "bfloat16" if "bfloat16" in dtypes else dtypes[0]
+        console.print(prediction_table(found, shown), "")
+    if pairs := list(measured(found)):
+        console.print(measured_table(pairs), "")
+    amiss += [
+        f"{row['op']} {row['kernel']}, {row['case']}, {row['dtype']}, {row['arch']}: {over}"
+        for row in found
+        for over in row["over"]
+    ]
+    for text in amiss:
+        console.print(text, soft_wrap=True, markup=False, style="red")
+    if options.json:
+        content = {
+            "schema": 1,
+            "versions": {"torch": torch.__version__, "triton": triton.__version__},
+            "assumed": {
+                "share of bandwidth": COPY, "share of tensor cores": PRODUCT,
+                "seconds of a launch": LAUNCH, "gpus": {k: asdict(g) for k, g in GPUS.items()},
+            },
+            "rows": found,
+        }  # fmt: skip
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return int(bool(amiss))

@@ -1,0 +1,163 @@
+"""Everything that the interpreter can say against an op, what is quickest first.
+
+    next(faults(spec), None)        None, or the first thing that is wrong, in words
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from judge import LAYOUTS, Judge, further_rows, laid_out
+from sanitizer import Sanitizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bert_fast.kernels.launch import DTYPES
+
+LARGE = 2**26  # bytes; what is larger has no memory under Phantoms
+
+
+class Phantoms(TorchDispatchMode):
+    """Large tensors made inside it are on the meta device: shapes and strides without memory."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(a.name == "device" for a in op._schema.arguments):
+            phantom = op(*args, **{**kwargs, "device": "meta"})
+            if phantom.nbytes > LARGE:
+                return phantom
+        return op(*args, **kwargs)
+
+
+class SaysCpu(TorchFunctionMode):
+    """Tensors say that they are on the CPU, so that ops take phantoms together with small ones."""
+
+    def __torch_function__(self, fn, types, args=(), kwargs=None):
+        if fn == torch.Tensor.device.__get__:
+            return torch.device("cpu")
+        return fn(*args, **(kwargs or {}))
+
+
+def extremes(grid):
+    """The first, the last and some programs between, where a grid is too large to run."""
+    count = math.prod(grid)
+    some = {0, 1, count // 2, count - 2, count - 1} & set(range(count))
+    return [np.unravel_index(i, grid) for i in sorted(some)]
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def call(spec, inputs, **options):
+    """(result, Sanitizer) of one call of the op's kernels without gradients."""
+    with torch.no_grad(), Sanitizer(**options) as watched:
+        result = spec.fn(**inputs)
+    return result, watched
+
+
+def faults(spec):
+    """What is wrong with spec, in words, one after the other."""
+    for case, dtype, layout in plan(spec):
+        yield from of_case(spec, case, dtype, layout)
+    for case in spec.cases[:2] if spec.packed else ():
+        yield from of_rows_past_num_tokens(spec, case)
+    for case in spec.huge:
+        yield from of_size(spec, case)
+
+
+def examine(spec):
+    return next(faults(spec), None)
+
+
+def plan(spec):
+    """(case, dtype, layout): every case, every dtype and layout, without all of their product."""
+    layouts = list(LAYOUTS)
+    for i, case in enumerate(spec.cases):
+        yield case, DTYPES[i % len(DTYPES)], layouts[0]
+    for i, layout in enumerate(layouts[1:] * (len(spec.cases) > 0)):
+        yield spec.cases[i % 2 % len(spec.cases)], DTYPES[(i + 1) % len(DTYPES)], layout
+
+
+def inputs_of(spec, case, dtype, layout="contiguous", seed=0):
+    torch.manual_seed(seed)
+    return laid_out(spec.inputs(dtype, "cpu", **case), layout)
+
+
+def of_case(spec, case, dtype, layout):
+    inputs = inputs_of(spec, case, dtype, layout)
+    result, watched = call(spec, inputs)
+    share, _ = Judge(spec, inputs, dtype)(result)
+    where = f"{spec.label(case)}, {name_of(dtype)}, {layout}"
+    for finding in watched.findings:
+        yield f"{finding} ({where})"
+    if not share <= 1:
+        yield f"{where}: the error is {share:.2g} times what is allowed"
+
+
+def of_rows_past_num_tokens(spec, case):
+    inputs = inputs_of(spec, case, torch.float16)
+    expected, _ = call(spec, inputs)
+    result, watched = call(spec, further_rows(spec, inputs))
+    where = f"{spec.label(case)}, rows past num_tokens"
+    for finding in watched.findings:
+        yield f"{finding} ({where})"
+    if not torch.equal(result[: len(expected)], expected):
+        yield f"{where}: they reach the result"
+    if result[len(expected) :].any():
+        yield f"{where}: they are not zero in the result"
+
+
+def of_size(spec, case):
+    """Sizes at which an offset passes 2^31, some programs of each launch, nothing allocated."""
+    with SaysCpu(), Phantoms():
+        inputs = spec.inputs(torch.float16, "cpu", **case)
+        _, watched = call(spec, inputs, programs=extremes)
+    for finding in watched.findings:
+        yield f"{finding} ({spec.label(case)})"
+
+
+# -- cost -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Cost:
+    """A Spec's declared cost of a case beside what its launches did."""
+
+    case: dict
+    dtype: torch.dtype
+    flops: int  # declared, as is the next
+    bytes: int
+    done: int  # floating-point operations, one for exp2 or erf
+    distinct: int  # bytes of elements touched, once each
+    moved: int  # bytes of all loads and stores: what a cache does not keep comes again
+
+    def __str__(self):
+        return (
+            f"{self.flops:,} FLOP declared, {self.done:,} done; {self.bytes:,} bytes declared, "
+            f"{self.distinct:,} distinct, {self.moved:,} moved"
+        )
+
+    @property
+    def wrong(self):
+        if not 0.9 * self.done <= self.flops <= 1.1 * self.done:
+            return "FLOP declared and done are not within 10 %"
+        if not 0.95 * self.distinct <= self.bytes <= 1.05 * self.moved:
+            return "bytes declared are not between the distinct and the moved ones, give or take 5 %"
+        return None
+
+
+def costs(spec):
+    """A Cost for each dtype, of the Spec's case of whole tiles."""
+    result = []
+    for dtype in DTYPES:
+        _, watched = call(spec, inputs_of(spec, spec.whole, dtype))
+        flops, moved = spec.cost(dtype.itemsize, **spec.whole)
+        result.append(
+            Cost(
+                spec.whole, dtype, flops, moved,
+                done=sum(n.flops + n.dot_flops for n in watched.launches),
+                distinct=sum(n.distinct_bytes for n in watched.launches),
+                moved=sum(n.bytes_read + n.bytes_written for n in watched.launches),
+            )
+        )  # fmt: skip
+    return result

@@ -1,0 +1,168 @@
+"""How large an op's error may be. Tests, the fuzzer and the mutants ask here.
+
+Truth is the definition in fp64 on the same inputs. Allowed are one ulp of each number, for rounding
+the result once, and four times what fp32 arithmetic costs the definition: the larger of the error
+that it has when it runs in fp32 itself, and of what it moves when its inputs move by an fp32 ulp.
+The second says how ill-conditioned the inputs are, where the first was lucky.
+
+An op that must round inside (attention rounds its probabilities) is held to the definition in the
+same dtype, both terms taken in that dtype, once instead of four times.
+"""
+
+import inspect
+
+import torch
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def is_float(t):
+    return isinstance(t, torch.Tensor) and t.is_floating_point()
+
+
+def cast(inputs, dtype):
+    return {k: t.to(dtype) if is_float(t) else t for k, t in inputs.items()}
+
+
+def moved(inputs, eps, seed):
+    """inputs with every float moved by up to eps of itself."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(t):
+        by = torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.device)
+        return t + t * (2 * by - 1) * eps
+
+    return {k: move(t) if is_float(t) else t for k, t in inputs.items()}
+
+
+def distance(result, truth):
+    """The largest difference where truth is finite."""
+    finite = truth.isfinite() & result.isfinite()
+    apart = (result.double() - truth).abs()[finite]
+    return apart.max().item() if apart.numel() else 0.0
+
+
+class Judge:
+    """The definition's verdict on one set of inputs of an op: judge(output) of what the op gave.
+
+    run(fn, inputs) -> output; another one than the plain call may give gradients.
+    """
+
+    def __init__(self, spec, inputs, dtype):
+        self.dtype = dtype
+        exact = cast(inputs, torch.float64)
+        self.truth = _tensors(spec.ref(**exact))
+        near = dtype if spec.rounds_inside else torch.float32
+        weight = 1 if spec.rounds_inside and dtype != torch.float32 else 4
+        versions = [spec.ref(**cast(inputs, near))]
+        versions += [spec.ref(**moved(exact, torch.finfo(near).eps, seed)) for seed in (0, 1)]
+        versions = [_tensors(v) for v in versions]
+        self.cost = [
+            weight * max(distance(v[i], t) for v in versions) if is_float(t) else 0.0
+            for i, t in enumerate(self.truth)
+        ]
+        stock = versions if near == dtype else [_tensors(spec.ref(**cast(inputs, dtype)))]
+        pairs = [(s, t) for s, t in zip(stock[0], self.truth, strict=True) if is_float(t)]
+        self.stock = max((self._error_of_stock(s, t) for s, t in pairs), default=0.0)
+
+    def _error_of_stock(self, stock, truth):
+        """At least half an ulp of the largest number, which chance may spare it."""
+        number = truth.to(self.dtype).isfinite()
+        if not stock[number].isfinite().all():
+            return torch.inf
+        largest = truth[number].abs().max().item() if number.any() else 0.0
+        return max(distance(stock, truth), torch.finfo(self.dtype).eps / 2 * largest)
+
+    def __call__(self, output):
+        """(error as a share of what is allowed, at most 1; error in units of stock's own).
+
+        What is wrong beyond measure (shape, dtype, NaN, an integer) is inf.
+        """
+        worst, error = 0.0, 0.0
+        output = _tensors(output)
+        if len(output) != len(self.truth):
+            return torch.inf, torch.inf
+        for ours, truth, cost in zip(output, self.truth, self.cost, strict=True):
+            if ours.shape != truth.shape:
+                return torch.inf, torch.inf
+            if not is_float(truth):
+                if ours.dtype != truth.dtype or not torch.equal(ours, truth):
+                    return torch.inf, torch.inf
+                continue
+            if ours.dtype != self.dtype:
+                return torch.inf, torch.inf
+            if not truth.numel():
+                continue
+            rounded = truth.to(self.dtype)
+            finite = rounded.isfinite()
+            scale = truth[finite].abs().max().item() if finite.any() else 0.0
+            tiny = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
+            allowed = torch.finfo(self.dtype).eps * truth.abs() + cost + EPS32 * scale + tiny
+            apart = (ours.double() - truth).abs()
+            # A truth past the largest number may come out as that number or as infinity.
+            largest = torch.finfo(self.dtype).max
+            past = rounded.isinf() & truth.isfinite() & (ours.abs() >= largest)
+            share = torch.where(finite, apart / allowed, torch.where(past, 0.0, torch.inf))
+            share = share.masked_fill(truth.isnan(), 0.0)  # nothing is promised there
+            share = share.masked_fill(truth.isinf() & (ours == rounded), 0.0)
+            worst = max(worst, share.nan_to_num(torch.inf).max().item())
+            error = max(error, distance(ours, truth))
+        return worst, error / self.stock if error else 0.0
+
+
+def _tensors(result):
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+# -- layouts --------------------------------------------------------------------------------
+# A layout takes a tensor and its place among the inputs: no two strides may agree by chance.
+def contiguous(t, i):
+    return t
+
+
+def rows_apart(t, i):
+    return torch.nn.functional.pad(t, (0, 1 + i))[..., : t.shape[-1]] if t.ndim > 1 else t
+
+
+def columns_apart(t, i):
+    if t.dtype == torch.int32 and t.ndim == 1:
+        return t  # cu_seqlens is contiguous by contract
+    return t.repeat_interleave(2 + i, dim=-1)[..., :: 2 + i]
+
+
+def batch_inside(t, i):
+    return t.movedim(0, -2).contiguous().movedim(-2, 0) if t.ndim > 2 else t
+
+
+LAYOUTS = {f.__name__: f for f in (contiguous, rows_apart, columns_apart, batch_inside)}
+
+
+def laid_out(inputs, layout):
+    """inputs with each tensor laid out by a layout of LAYOUTS."""
+    return {
+        k: LAYOUTS[layout](t, i) if isinstance(t, torch.Tensor) else t
+        for i, (k, t) in enumerate(inputs.items(), start=1)
+    }
+
+
+def is_packed(spec, inputs):
+    """Whether the packed inputs have a row for each token, so that there may be further ones."""
+    if not spec.packed or inputs[spec.packed[0]] is None:
+        return False
+    typical = spec.inputs(torch.float32, "cpu", **spec.cases[0])[spec.packed[0]]
+    return inputs[spec.packed[0]].ndim == typical.ndim
+
+
+def further_rows(spec, inputs, rows=3):
+    """inputs with rows of NaN behind those of every packed one, and num_tokens to say so."""
+    first = inputs[spec.packed[0]]
+    further = dict(inputs)
+    for name in spec.packed:
+        if (t := inputs[name]) is not None:
+            poison = torch.nan if is_float(t) else 2**30
+            further[name] = torch.cat((t, t.new_full((rows, *t.shape[1:]), poison)))
+    if "num_tokens" in inspect.signature(spec.fn).parameters:
+        further["num_tokens"] = torch.tensor(
+            [len(first)], dtype=torch.int32, device=first.device
+        )
+    return further

@@ -1,0 +1,550 @@
+"""Do the checks notice a wrong kernel? Each mutant is a shipped one with one thing changed.
+
+Mutants are made from the syntax trees of every jit function that an op reaches, one for each place
+where an operator of OPERATORS applies. `examine` then says what is wrong with the op. A mutant of
+which it says nothing has survived: either a check is missing, or the mutant computes the same, and
+EQUIVALENT holds the proof. A mutant runs in the interpreter alone, in place of the function that it
+is made of, with that function's line numbers.
+"""
+
+import ast
+import copy
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+from examine import examine
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from triton.runtime.interpreter import FunctionRewriter, InterpretedFunction
+
+from bert_fast.kernels import SPECS
+from bert_fast.kernels.launch import INTERPRET
+
+# -- operators ------------------------------------------------------------------------------
+# An operator takes a node of a kernel's tree and its Names, and yields what may stand in its place.
+OPERATORS = {}
+
+
+def operator(fn):
+    OPERATORS[fn.__name__.replace("_", " ")] = fn
+    return fn
+
+
+class Names:
+    """What is called alike in a kernel, and may be mistaken for one another."""
+
+    def __init__(self, tree):
+        self._bound = {a.arg: 0 for a in tree.args.args}  # name -> line from which it has a value
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                self._bound.setdefault(node.id, node.lineno)
+
+    def like(self, node):
+        """Others of the kind of a Name that have a value where it stands."""
+        return [
+            name for name, line in self._bound.items()
+            if name != node.id and _kind(name) == _kind(node.id) and line < node.lineno
+        ]  # fmt: skip
+
+    def rebound(self, target):
+        """Whether a target of an assignment has a value already."""
+        names = [n for n in ast.walk(target) if isinstance(n, ast.Name)]
+        return all(self._bound[n.id] < n.lineno for n in names)
+
+
+def _kind(name):
+    """The suffix of pointers, the first word of others: stride_xm and stride_rm are of a kind."""
+    if len(name) == 1:
+        return "size" if name.isupper() else name
+    return "pointer" if name.endswith("_ptr") else name.split("_")[0]
+
+
+NEIGHBOUR = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+}  # fmt: skip
+OTHER = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mod, ast.Mod: ast.FloorDiv,
+}  # fmt: skip
+NARROWER = {"float32": "float16", "int64": "int32", "int32": "int16"}
+RELATIVE = {
+    "exp2": "exp", "rsqrt": "sqrt", "erf": "sigmoid", "sum": "max", "max": "sum", "cumsum": "sum",
+    "maximum": "minimum", "minimum": "maximum",
+}  # fmt: skip
+REDUCTIONS = ("sum", "max", "cumsum")
+
+
+@operator
+def comparison(node, names):
+    match node:
+        case ast.Compare(left, [op], right) if type(op) in NEIGHBOUR:
+            yield ast.Compare(left, [NEIGHBOUR[type(op)]()], right)
+
+
+@operator
+def conjunct_dropped(node, names):
+    match node:
+        case ast.BinOp(left, ast.BitAnd(), right):
+            yield from (left, right)
+
+
+@operator
+def mask_dropped(node, names):
+    yield from _without(node, "mask", "other")
+
+
+@operator
+def other_dropped(node, names):
+    yield from _without(node, "other")
+
+
+@operator
+def precision_dropped(node, names):
+    yield from _without(node, "input_precision")
+
+
+def _without(node, *keywords):
+    """A call without the first of these keywords, and without the rest if they are there."""
+    match node:
+        case ast.Call(func, args, given) if any(k.arg == keywords[0] for k in given):
+            yield ast.Call(func, args, [k for k in given if k.arg not in keywords])
+
+
+@operator
+def arithmetic(node, names):
+    match node:
+        case ast.BinOp(left, op, right) if type(op) in OTHER:
+            yield ast.BinOp(left, OTHER[type(op)](), right)
+        case ast.AugAssign(target, op, value) if type(op) in OTHER:
+            yield ast.AugAssign(target, OTHER[type(op)](), value)
+
+
+@operator
+def operand_dropped(node, names):
+    match node:
+        case ast.BinOp(left, ast.Add() | ast.Mult(), right):
+            yield from (left, right)
+        case ast.BinOp(left, ast.Sub() | ast.Div() | ast.FloorDiv() | ast.Mod(), _):
+            yield left
+
+
+@operator
+def axis(node, names):
+    match node:
+        case ast.Call(ast.Attribute(ast.Name("tl"), name), [x, *rest], given):
+            if name in REDUCTIONS:
+                (now,) = [k.value for k in given if k.arg == "axis"] or rest
+                yield ast.Call(node.func, [x, ast.Constant(1 - now.value)], [])
+
+
+@operator
+def integer(node, names):
+    match node:
+        case ast.Constant(int(value)) if not isinstance(value, bool):
+            yield from (ast.Constant(value - 1), ast.Constant(value + 1))
+
+
+@operator
+def number(node, names):
+    match node:
+        case ast.Constant(float(value)):
+            yield from (ast.Constant(1.0 - (value == 1.0)), ast.Constant(value * 1.001))
+        case ast.Call(ast.Name("float")):  # an infinity
+            yield ast.Constant(0.0)
+
+
+@operator
+def flag(node, names):
+    match node:
+        case ast.Constant(bool(value)):
+            yield ast.Constant(not value)
+
+
+@operator
+def name(node, names):
+    match node:
+        case ast.Name(_, ast.Load()):
+            yield from (ast.Name(other, ast.Load()) for other in names.like(node))
+
+
+@operator
+def cast_dropped(node, names):
+    match node:
+        case ast.Call(ast.Attribute(value, "to")):
+            yield value
+
+
+@operator
+def narrower_type(node, names):
+    match node:
+        case ast.Attribute(ast.Name("tl"), dtype, ctx) if dtype in NARROWER:
+            yield ast.Attribute(node.value, NARROWER[dtype], ctx)
+
+
+@operator
+def function(node, names):
+    match node:
+        case ast.Attribute(ast.Name("tl"), fn, ctx) if fn in RELATIVE:
+            yield ast.Attribute(node.value, RELATIVE[fn], ctx)
+
+
+@operator
+def choice(node, names):
+    """One of those between which a kernel chooses."""
+    match node:
+        case ast.Call(ast.Attribute(ast.Name("tl"), "maximum" | "minimum"), [a, b]):
+            yield from (a, b)
+        case ast.Call(ast.Attribute(ast.Name("tl"), "where"), [condition, a, b]):
+            yield from (a, b, ast.Call(node.func, [condition, b, a], []))
+
+
+@operator
+def transpose_dropped(node, names):
+    match node:
+        case ast.Call(ast.Attribute(ast.Name("tl"), "trans"), [x]):
+            yield x
+
+
+@operator
+def accumulator_dropped(node, names):
+    match node:
+        case ast.Call(ast.Attribute(ast.Name("tl"), "dot") as func, [a, b, _], given):
+            yield ast.Call(func, [a, b], given)
+
+
+@operator
+def initial_value(node, names):
+    match node:
+        case ast.Call(ast.Attribute(ast.Name("tl") as tl, "zeros"), [shape, dtype]):
+            yield ast.Call(ast.Attribute(tl, "full", ast.Load()), [shape, ast.Constant(1), dtype], [])
+
+
+@operator
+def broadcast(node, names):
+    """[:, None] for [None, :]."""
+    match node:
+        case ast.Subscript(value, ast.Tuple([a, b], ctx), _):
+            yield ast.Subscript(value, ast.Tuple([b, a], ctx), node.ctx)
+
+
+@operator
+def arguments_swapped(node, names):
+    """Neighbours, in calls of other kernels and of range."""
+    match node:
+        case ast.Call(ast.Name(), args, given):
+            for i in range(len(args) - 1):
+                yield ast.Call(node.func, [*args[:i], args[i + 1], args[i], *args[i + 2 :]], given)
+
+
+@operator
+def turn_dropped(node, names):
+    """A loop's first turn, or its last."""
+    match node:
+        case ast.Call(ast.Name("range") as func, [start, end, step]):
+            yield ast.Call(func, [ast.BinOp(start, ast.Add(), step), end, step], [])
+            yield ast.Call(func, [start, ast.BinOp(end, ast.Sub(), step), step], [])
+
+
+@operator
+def condition(node, names):
+    match node:
+        case ast.If(test, body, orelse):
+            for new in (ast.UnaryOp(ast.Not(), test), ast.Constant(True), ast.Constant(False)):
+                yield ast.If(new, body, orelse)
+
+
+@operator
+def statement_dropped(node, names):
+    match node:
+        case ast.AugAssign() | ast.Expr() | ast.Return(None):
+            yield ast.Pass()
+        case ast.Assign([target]) if names.rebound(target):
+            yield ast.Pass()
+
+
+# -- mutants --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Mutant:
+    op: str
+    module: str
+    kernel: str
+    operator: str
+    line: int
+    before: str
+    after: str
+    tree: ast.FunctionDef = field(repr=False, compare=False)
+
+    @property
+    def change(self):
+        """What EQUIVALENT knows it by."""
+        return f"{self.module.rpartition('.')[2]}.{self.kernel}", self.before, self.after
+
+    @property
+    def place(self):
+        return f"kernels/{self.module.rpartition('.')[2]}.py:{self.line}"
+
+    @contextmanager
+    def in_place(self):
+        """Calls and launches of the kernel are the mutant's, whoever imported it."""
+        kernel = getattr(sys.modules[self.module], self.kernel)
+        kernel.rewrite()  # also gives the module what a rewritten function refers to
+        tree = FunctionRewriter.ast_transformer.visit(copy.deepcopy(self.tree))
+        tree = ast.fix_missing_locations(ast.Module([tree], []))
+        namespace = {}
+        exec(compile(tree, kernel.fn.__code__.co_filename, "exec"), kernel.fn.__globals__, namespace)
+        with mock.patch.dict(InterpretedFunction.rewritten_fn, {kernel.fn: namespace[self.kernel]}):
+            yield
+
+
+def mutants_of(spec):
+    """Every mutant of every jit function that spec.fn reaches, in the order of the source."""
+    return [m for kernel in kernels_of(spec) for m in _mutants_of_kernel(spec.name, kernel)]
+
+
+def kernels_of(spec):
+    """jit functions that the op's definition names, or a definition that it names, and so on."""
+    todo, seen, kernels = [(spec.fn.__module__, spec.fn.__name__)], set(), []
+    while todo:
+        seen.add(at := todo.pop(0))
+        module = vars(sys.modules[at[0]])
+        definitions = _definitions(module["__file__"])
+        if isinstance(module[at[1]], InterpretedFunction):
+            kernels.append(module[at[1]])
+        for node in ast.walk(definitions[at[1]]):
+            if not isinstance(node, ast.Name):
+                continue
+            if isinstance(kernel := module.get(node.id), InterpretedFunction):
+                todo.append((kernel.fn.__module__, kernel.fn.__name__))
+            elif node.id in definitions:
+                todo.append((at[0], node.id))
+        todo = [name for name in dict.fromkeys(todo) if name not in seen]
+    return sorted(kernels, key=lambda k: (k.fn.__module__, k.fn.__code__.co_firstlineno))
+
+
+def _definitions(file):
+    """Nodes of a file by the name that each defines."""
+    nodes = {}
+    for node in ast.parse(Path(file).read_text()).body:
+        match node:
+            case ast.FunctionDef(name) | ast.ClassDef(name) | ast.Assign([ast.Name(name)]):
+                nodes[name] = node
+    return nodes
+
+
+def _mutants_of_kernel(op, kernel):
+    module, name = kernel.fn.__module__, kernel.fn.__name__
+    tree = _definitions(kernel.fn.__code__.co_filename)[name]
+    tree.decorator_list = []
+    names = Names(tree)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    seen = {ast.unparse(tree)}
+    for node in _body(tree):
+        for operator, replacements in OPERATORS.items():
+            for new in replacements(node, names):
+                new = ast.copy_location(copy.copy(new), node)
+                mutated = copy.deepcopy(tree, {id(node): new})
+                if (text := ast.unparse(mutated)) in seen:
+                    continue
+                seen.add(text)
+                shown = _shown(node, parents)
+                before, after = _line(shown), _line(copy.deepcopy(shown, {id(node): new}))
+                yield Mutant(op, module, name, operator, node.lineno, before, after, mutated)
+
+
+def _body(tree):
+    """Nodes of a kernel's statements in the order of the source, without its docstring's and those
+    of the axes of reductions, which have an operator of their own."""
+    axes = set()
+    for statement in tree.body:
+        for node in ast.walk(statement):
+            match node:
+                case ast.Call(ast.Attribute(ast.Name("tl"), fn), [_, *rest], given):
+                    if fn in REDUCTIONS:
+                        axes.update(rest, (k.value for k in given))
+    documented = ast.get_docstring(tree) is not None
+    nodes = [n for s in tree.body[documented:] for n in ast.walk(s)]
+    nodes = [n for n in nodes if hasattr(n, "lineno") and n not in axes]
+    return sorted(nodes, key=lambda n: (n.lineno, n.col_offset))
+
+
+def _shown(node, parents):
+    """The smallest part around node that tells a reader something."""
+    while not isinstance(node, (ast.stmt, ast.BinOp, ast.Compare, ast.Call)):
+        node = parents[node]
+    return node
+
+
+def _line(node):
+    """Its source in one line: of a block, its head."""
+    return ast.unparse(node).partition("\n")[0]
+
+
+def sample(mutants, count, seed):
+    """count of mutants, as even over ops and operators as can be, in their order."""
+    turns, ranked = Counter(), []
+    for m in random.Random(seed).sample(mutants, len(mutants)):
+        turns[m.op, m.operator] += 1
+        ranked.append((turns[m.op, m.operator], len(ranked), m))
+    chosen = {id(m) for _, _, m in sorted(ranked, key=lambda r: r[:2])[:count]}
+    return [m for m in mutants if id(m) in chosen]
+
+
+# -- verdicts -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Verdict:
+    killed: bool
+    by: str = ""  # in a word: a kind of sanitizer.Finding, wrong result, raises, does not end
+    what: str = ""
+    seconds: float = 0.0
+
+
+class OutOfTime(BaseException):  # not an Exception: the interpreter would make its own of it
+    pass
+
+
+@contextmanager
+def limit(seconds):
+    """OutOfTime after so many seconds of this process's own CPU time, whatever else runs."""
+
+    def end(*_):
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGPROF, end)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def verdict(mutant, examine=examine, seconds=60.0):
+    """What examine(spec) says of the mutant's op with the mutant in place."""
+    started = time.process_time()
+    by, what = _fault(mutant, examine, seconds)
+    return Verdict(bool(by), by, what, time.process_time() - started)
+
+
+def _fault(mutant, examine, seconds):
+    (spec,) = (s for s in SPECS if s.name == mutant.op)
+    try:
+        with mutant.in_place(), limit(seconds):
+            fault = examine(spec)
+    except OutOfTime:
+        return "does not end", f"within {seconds:.0f} s"
+    except Exception as error:
+        return "raises", f"{type(error).__name__}: {error}"
+    if fault is None:
+        return "", ""
+    finding = re.match(r"\w+\.py:\d+: \w+: ([a-z ]+), ", fault)
+    return finding[1] if finding else "wrong result", fault
+
+
+# -- all of them ----------------------------------------------------------------------------
+EQUIVALENT = {}  # Mutant.change -> why no input tells it from the kernel
+
+
+def _baseline(name):
+    """(what is wrong with the op as it is, CPU seconds that it took to say so)."""
+    (spec,) = (s for s in SPECS if s.name == name)
+    started = time.process_time()
+    return examine(spec), time.process_time() - started
+
+
+def campaign(mutants, jobs):
+    """The verdict on each mutant, in order; raises where an op is at fault without one."""
+    names = list(dict.fromkeys(m.op for m in mutants))
+    # Spawned, as a fork of a process with torch's threads may hang.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        baselines = dict(zip(names, pool.map(_baseline, names)))
+        for op, (fault, _) in baselines.items():
+            if fault:
+                raise RuntimeError(f"check mutants: {op} fails as it is: {fault}")
+        futures = [
+            pool.submit(verdict, m, seconds=10 + 5 * baselines[m.op][1]) for m in mutants
+        ]  # fmt: skip
+        futures = track(futures, "mutants", console=Console(stderr=True), transient=True)
+        return [future.result() for future in futures]
+
+
+def problems(mutants, verdicts, every, equivalent=EQUIVALENT):
+    """What is amiss, in words: survivors without a proof, and proofs that do not hold."""
+    for m, v in zip(mutants, verdicts):
+        if not v.killed and m.change not in equivalent:
+            yield f"survives without proof: {describe(m)}"
+        if v.killed and m.change in equivalent:
+            yield f"proved equivalent, yet killed: {describe(m)}: {v.what}"
+    known = {m.change for m in every}
+    yield from (f"proof of what is no mutant: {change}" for change in equivalent.keys() - known)
+
+
+def describe(m):
+    return f"{m.place} {m.operator}: {m.before}  ->  {m.after}"
+
+
+def table(mutants, verdicts, seconds):
+    grid = Table(title=f"{len(mutants):,} mutants, {seconds:.0f} s", box=None)
+    grid.add_column("op")
+    for heading in ("mutants", "killed", "survive"):
+        grid.add_column(heading, justify="right")
+    grid.add_column("killed by")
+    for op in dict.fromkeys(m.op for m in mutants):
+        of = [v for m, v in zip(mutants, verdicts) if m.op == op]
+        killed = Counter(v.by for v in of if v.killed)
+        by = ", ".join(f"{kind} {count}" for kind, count in killed.most_common())
+        grid.add_row(op, f"{len(of)}", f"{killed.total()}", f"{len(of) - killed.total()}", by)
+    return grid
+
+
+def add_arguments(parser):
+    parser.add_argument("--sample", type=int, metavar="N", help="so many of them, of every kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every verdict there")
+
+
+def main(options, specs):
+    if not INTERPRET:
+        sys.exit("check mutants: runs kernels in the interpreter; set TRITON_INTERPRET=1")
+    started = time.monotonic()
+    console = Console()
+    every = [m for s in SPECS for m in mutants_of(s)]
+    mutants = [m for m in every if m.op in {s.name for s in specs}]
+    if options.sample is not None:
+        mutants = sample(mutants, options.sample, options.seed)
+    verdicts = campaign(mutants, options.jobs)
+    console.print(table(mutants, verdicts, time.monotonic() - started))
+    for m, v in zip(mutants, verdicts):
+        if not v.killed and m.change in EQUIVALENT:
+            text = f"equivalent: {describe(m)}\n  {EQUIVALENT[m.change]}"
+            console.print(escape(text), soft_wrap=True)
+    amiss = list(problems(mutants, verdicts, every))
+    for problem in amiss:
+        console.print(f"[red]{escape(problem)}[/]", soft_wrap=True)
+    if options.json:
+        rows = [
+            {
+                "op": m.op, "kernel": m.kernel, "place": m.place, "operator": m.operator,
+                "before": m.before, "after": m.after, "killed": v.killed, "by": v.by,
+                "what": v.what, "seconds": round(v.seconds, 3), "proof": EQUIVALENT.get(m.change),
+            }
+            for m, v in zip(mutants, verdicts)
+        ]  # fmt: skip
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return int(bool(amiss))
