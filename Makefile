@@ -2,6 +2,12 @@
 # make test   set up .venv and run the tests
 # make bench  time ops and models on the device that is there
 # make gpu    on a GPU: the tests on the real kernels and the benchmark, into bench/results/
+#
+# Without a GPU (docs/how_it_is_checked.md):
+# make check OP=layer_norm   every check of one op, in a minute
+# make fuzz CASES=100000     random cases, against the definition; SEED=, OP=, or one CASE=
+# make mutants               bugs made of the kernels, each of which must be found; SAMPLE=, OP=
+# make aot                   what the compiler makes of every kernel, and how long that takes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +17,11 @@ export PYTHONSAFEPATH := 1
 # Triton 3.10 turns the fusion of a * b + c off; the kernels are written and checked with it on.
 export TRITON_DEFAULT_FP_FUSION := 1
 
-.PHONY: demo test test-interpreter test-native bench gpu checkpoint lint clean
+INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tests/test_check.py \
+	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py
+CASES := 2000
+
+.PHONY: demo test test-interpreter test-native check fuzz mutants aot bench gpu checkpoint lint clean
 
 demo: .venv/ready
 	$(BIN)/bert-fast demo
@@ -20,11 +30,24 @@ test: test-interpreter test-native
 
 # The Triton kernels, run by Triton's interpreter on the CPU.
 test-interpreter: .venv/ready
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_ops.py tests/test_modeling.py
+	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
 
 # The CPU's own implementations, or the kernels on a GPU; and everything else.
 test-native: .venv/ready
 	$(BIN)/pytest
+
+check: .venv/ready
+	@TRITON_INTERPRET=1 $(BIN)/python check op $(OP)
+
+fuzz: .venv/ready
+	@TRITON_INTERPRET=1 $(BIN)/python check fuzz $(OP:%=--op %) \
+		$(if $(CASE),--case '$(CASE)',--cases $(CASES) $(SEED:%=--seed %) $(JSON:%=--json %))
+
+mutants: .venv/ready
+	@TRITON_INTERPRET=1 $(BIN)/python check mutants $(OP:%=--op %) $(SAMPLE:%=--sample %) $(JSON:%=--json %)
+
+aot: .venv/ready
+	@$(BIN)/python check aot $(OP:%=--op %) $(ARCH:%=--arch %) $(JSON:%=--json %)
 
 bench: .venv/ready-to-bench
 	$(BIN)/python bench all

@@ -17,6 +17,7 @@ from pathlib import Path
 # folder kernels/ would hide a distribution of the same name that transformers imports.
 sys.path[0] = str(Path(__file__).resolve().parent)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as make sets it
 
 from bert_fast import kernels
 from bert_fast.kernels.launch import HAS_TRITON
@@ -44,12 +45,14 @@ def main():
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0])
         if name == "op":
-            command.add_argument("op", metavar="OP", nargs=1)
+            command.add_argument("op", metavar="OP", nargs="*")
         else:
             command.add_argument("--op", metavar="OP", action="append", help="may be repeated")
         module.add_arguments(command)
     options = parser.parse_args()
     known = {s.name: s for s in kernels.SPECS}
+    if options.command == "op" and len(options.op) != 1:
+        parser.error(f"op: give one op, of {', '.join(known)}")
     for name in options.op or ():
         if name not in known:
             if name in aot.kernels_without_spec():

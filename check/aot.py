@@ -212,8 +212,9 @@ def budget(row):
     if not row["tensor"] and (dots := set(row["dots"]) - impossible):
         over.append(f"tensor cores: none for products of {', '.join(sorted(dots))}")
     if row["bytes"] >= BULK and _wide(row) < 0.9:
-        widths = {f"{kind} of {b} bits": n for kind in ("loads", "stores") for b, n in row[kind].items()}
-        told = ", ".join(f"{n} {kind}" for kind, n in widths.items())
+        told = ", ".join(
+            f"{n} {kind} of {b} bits" for kind in ("loads", "stores") for b, n in row[kind].items()
+        )
         over.append(f"accesses: {_wide(row):.0%} of the bytes are 128 bits wide ({told})")
     return over
 
@@ -311,7 +312,7 @@ def add_arguments(parser):
 
 def main(options, specs):
     if INTERPRET:
-        sys.exit("check aot: compiles kernels, which the interpreter does not; unset TRITON_INTERPRET")
+        sys.exit("check aot: the interpreter compiles nothing; unset TRITON_INTERPRET")
     archs, dtypes = options.arch or list(TARGETS), options.dtype or list(DTYPES)
     console = Console(width=None if sys.stdout.isatty() else 140)
     amiss = [WITHOUT_SPEC.format(name) for name in kernels_without_spec()]

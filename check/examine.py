@@ -12,6 +12,7 @@ from judge import LAYOUTS, Judge, further_rows, laid_out
 from sanitizer import Sanitizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.errors import InterpreterError
 
 from bert_fast.kernels.launch import DTYPES
 
@@ -63,8 +64,10 @@ def faults(spec):
         yield from of_case(spec, case, dtype, layout)
     for case in spec.cases[:2] if spec.packed else ():
         yield from of_rows_past_num_tokens(spec, case)
+    yield from of_traps(spec)
     for case in spec.huge:
         yield from of_size(spec, case)
+    yield from of_strides(spec, spec.cases[0])
 
 
 def examine(spec):
@@ -72,10 +75,12 @@ def examine(spec):
 
 
 def plan(spec):
-    """(case, dtype, layout): every case, every dtype and layout, without all of their product."""
-    layouts = list(LAYOUTS)
+    """(case, dtype, layout): every case in fp32, which hides least, and in one other dtype; the
+    first two in every layout."""
+    layouts, others = list(LAYOUTS), DTYPES[1:]
     for i, case in enumerate(spec.cases):
-        yield case, DTYPES[i % len(DTYPES)], layouts[0]
+        yield case, DTYPES[0], layouts[0]
+        yield case, others[i % len(others)], layouts[0]
     for i, layout in enumerate(layouts[1:] * (len(spec.cases) > 0)):
         yield spec.cases[i % 2 % len(spec.cases)], DTYPES[(i + 1) % len(DTYPES)], layout
 
@@ -92,6 +97,9 @@ def of_case(spec, case, dtype, layout):
     where = f"{spec.label(case)}, {name_of(dtype)}, {layout}"
     for finding in watched.findings:
         yield f"{finding} ({where})"
+    for t in result if isinstance(result, tuple) else (result,):
+        if count := watched.unwritten(t):
+            yield f"{where}: {count} elements of the result are not written"
     if not share <= 1:
         yield f"{where}: the error is {share:.2g} times what is allowed"
 
@@ -109,6 +117,20 @@ def of_rows_past_num_tokens(spec, case):
         yield f"{where}: they are not zero in the result"
 
 
+def of_traps(spec):
+    """Keywords that must end a launch in an assertion, whichever program meets them."""
+    for keywords in spec.traps:
+        inputs = {**inputs_of(spec, spec.cases[0], torch.float32), **keywords}
+        try:
+            call(spec, inputs)
+        except (AssertionError, InterpreterError) as error:  # which wraps it in a helper
+            if "AssertionError" in repr(error):
+                continue
+            raise
+        (name,) = keywords
+        yield f"{spec.label(spec.cases[0])}, {name} {keywords[name].flatten()[0]}: no assertion"
+
+
 def of_size(spec, case):
     """Sizes at which an offset passes 2^31, some programs of each launch, nothing allocated."""
     with SaysCpu(), Phantoms():
@@ -116,6 +138,21 @@ def of_size(spec, case):
         _, watched = call(spec, inputs, programs=extremes)
     for finding in watched.findings:
         yield f"{finding} ({spec.label(case)})"
+
+
+def of_strides(spec, case):
+    """As of_size: few elements, 2^30 apart along one dimension of one input. The stride fits 32
+    bits, and its product with an index does not."""
+    inputs = inputs_of(spec, case, torch.float16)
+    for name, t in inputs.items():
+        for dim in range(t.ndim - 1) if isinstance(t, torch.Tensor) else ():
+            stride = list(t.stride())
+            stride[dim] = 2**30
+            with SaysCpu():
+                apart = torch.empty_strided(t.shape, stride, dtype=t.dtype, device="meta")
+                _, watched = call(spec, {**inputs, name: apart})
+            for finding in watched.findings:
+                yield f"{finding} ({spec.label(case)}, {name} with strides {stride})"
 
 
 # -- cost -----------------------------------------------------------------------------------
@@ -142,7 +179,7 @@ class Cost:
         if not 0.9 * self.done <= self.flops <= 1.1 * self.done:
             return "FLOP declared and done are not within 10 %"
         if not 0.95 * self.distinct <= self.bytes <= 1.05 * self.moved:
-            return "bytes declared are not between the distinct and the moved ones, give or take 5 %"
+            return "bytes declared are not between the distinct and the moved ones, within 5 %"
         return None
 
 

@@ -3,7 +3,7 @@
 Mutants are made from the syntax trees of every jit function that an op reaches, one for each place
 where an operator of OPERATORS applies. `examine` then says what is wrong with the op. A mutant of
 which it says nothing has survived: either a check is missing, or the mutant computes the same, and
-EQUIVALENT holds the proof. A mutant runs in the interpreter alone, in place of the function that it
+PROOFS tell why. A mutant runs in the interpreter alone, in place of the function that it
 is made of, with that function's line numbers.
 """
 
@@ -82,7 +82,7 @@ OTHER = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult,
     ast.FloorDiv: ast.Mod, ast.Mod: ast.FloorDiv,
 }  # fmt: skip
-NARROWER = {"float32": "float16", "int64": "int32", "int32": "int16"}
+NARROWER = {"float32": "float16", "int64": "int32"}
 RELATIVE = {
     "exp2": "exp", "rsqrt": "sqrt", "erf": "sigmoid", "sum": "max", "max": "sum", "cumsum": "sum",
     "maximum": "minimum", "minimum": "maximum",
@@ -232,7 +232,8 @@ def accumulator_dropped(node, names):
 def initial_value(node, names):
     match node:
         case ast.Call(ast.Attribute(ast.Name("tl") as tl, "zeros"), [shape, dtype]):
-            yield ast.Call(ast.Attribute(tl, "full", ast.Load()), [shape, ast.Constant(1), dtype], [])
+            full = ast.Attribute(tl, "full", ast.Load())
+            yield ast.Call(full, [shape, ast.Constant(1), dtype], [])
 
 
 @operator
@@ -292,8 +293,14 @@ class Mutant:
 
     @property
     def change(self):
-        """What EQUIVALENT knows it by."""
-        return f"{self.module.rpartition('.')[2]}.{self.kernel}", self.before, self.after
+        """What PROOFS know it by."""
+        kernel = f"{self.module.rpartition('.')[2]}.{self.kernel}"
+        return f"{kernel} {self.operator}: {self.before}  ->  {self.after}"
+
+    @property
+    def proof(self):
+        """Why it computes what the kernel computes; None where nobody has proved that."""
+        return next((why for what, why in PROOFS.items() if re.fullmatch(what, self.change)), None)
 
     @property
     def place(self):
@@ -307,7 +314,8 @@ class Mutant:
         tree = FunctionRewriter.ast_transformer.visit(copy.deepcopy(self.tree))
         tree = ast.fix_missing_locations(ast.Module([tree], []))
         namespace = {}
-        exec(compile(tree, kernel.fn.__code__.co_filename, "exec"), kernel.fn.__globals__, namespace)
+        code = compile(tree, kernel.fn.__code__.co_filename, "exec")
+        exec(code, kernel.fn.__globals__, namespace)
         with mock.patch.dict(InterpretedFunction.rewritten_fn, {kernel.fn: namespace[self.kernel]}):
             yield
 
@@ -456,10 +464,70 @@ def _fault(mutant, examine, seconds):
     return finding[1] if finding else "wrong result", fault
 
 
+# -- proofs ---------------------------------------------------------------------------------
+_SUM = "a pointer and an offset add up in either order"
+_SLOWER = "more tiles go through the masked loop, which computes the same, only slower"
+_TYPE = "the interpreter promotes, to the same number; Triton refuses a loop that changes a type"
+_UNUSED = "a tile without a mask reads neither"
+_ANY = r".* arguments swapped: "
+PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tells the two apart
+    _ANY + r"load_row\((.+), offs_n, mask_n\)  ->  load_row\(offs_n, \1, mask_n\)": _SUM,
+    _ANY + r"_lookup\((\w+), (\w+), r, (.+)\)  ->  _lookup\(\1, r, \2, \3\)": _SUM,
+    # attention
+    r"attention\._attend condition: if MASKED:  ->  if True:": (
+        "a tile that goes without a mask has no key that some query must not see"
+    ),
+    r"attention\._attend number: tl\.load\([kv]_ptr .*other=1\.0\)": (
+        "of k, columns past D meet zeros of q; of v, those are not stored, and rows past the last "
+        "key have p = 0"
+    ),
+    r"attention\._attend number: .*tl\.where\(m_new == float\('-inf'\), 1\.0, m_new\)": (
+        "all scores are -inf there, and -inf less any number is -inf"
+    ),
+    r"attention\._attend name: return \(acc, m_new, l\)  ->  return \(acc, m_finite, l\)": (
+        "they differ for a query that has seen no key; keys ascend, so it will see none"
+    ),
+    r"attention\._forward_kernel cast dropped: .*start_[qk]\)\.to\(tl\.int32\)  ->  .*": (
+        "the same length in int64"
+    ),
+    r"attention\._forward_kernel number: tl\.load\(q_ptr .*other=1\.0\)": (
+        "columns past D meet zeros of k, and rows past the last query are not stored"
+    ),
+    r"attention\._forward_kernel .*: tl\.maximum\(start_m \+ shift \+ 1, 0\)  ->  0": _SLOWER,
+    r"attention\._forward_kernel .*: start_m \+ shift \+ 1  ->  "
+    r"(start_m \+ shift( - 1| \+ 0)?|1)": _SLOWER,
+    r"attention\._forward_kernel .*: start_m \+ shift  ->  shift": _SLOWER,
+    r"attention\._forward_kernel name: full // BLOCK_N  ->  full // BLOCK_M": _SLOWER,
+    r"attention\._forward_kernel integer: tl\.maximum\(.*, 0\)  ->  tl\.maximum\(.*, -?1\)": (
+        "1 and -1 over BLOCK_N are 0, as division truncates"
+    ),
+    r"attention\._forward_kernel (choice|function): "
+    r"tl\.minimum\(start_m \+ BLOCK_M \+ shift, length_k\)  ->  .*": (
+        "further tiles have only keys that are masked"
+    ),
+    r"attention\._forward_kernel narrower type: tl\.(zeros|full)\(.*tl\.float32\)  ->  .*": _TYPE,
+    r"attention\._forward_kernel initial value: tl\.zeros\(\[BLOCK_M\], tl\.float32\)  ->  .*": (
+        "the first tile takes l times exp2(-inf) = 0; where there is no tile, acc is 0"
+    ),
+    r"attention\._forward_kernel number: tl\.where\(l == 0\.0, 1\.0, l\)  ->  .*1\.001, l\)": (
+        "acc is 0 where l is 0"
+    ),
+    r"attention\._forward_kernel arguments swapped: .*, length_k, last, .*"
+    r"  ->  .*, last, length_k, .* False, .*": _UNUSED,
+    r"attention\._forward_kernel name: .*, length_k, last, .*"
+    r"  ->  .*, length_q, last, .* False, .*": _UNUSED,
+    r"attention\._forward_kernel flag: .*, False, .*  ->  .*, True, .*": _SLOWER,
+    # packing
+    r"packing\._count_kernel cast dropped: \(mask != 0\)\.to\(tl\.int32\)  ->  mask != 0": (
+        "added to int32, a truth value is 0 or 1"
+    ),
+    r"packing\._unpack_kernel name: tl\.zeros\(.*\)  ->  .*": (
+        "zeros of another type, which the store casts; Triton refuses a branch that changes a type"
+    ),
+}
+
+
 # -- all of them ----------------------------------------------------------------------------
-EQUIVALENT = {}  # Mutant.change -> why no input tells it from the kernel
-
-
 def _baseline(name):
     """(what is wrong with the op as it is, CPU seconds that it took to say so)."""
     (spec,) = (s for s in SPECS if s.name == name)
@@ -483,15 +551,16 @@ def campaign(mutants, jobs):
         return [future.result() for future in futures]
 
 
-def problems(mutants, verdicts, every, equivalent=EQUIVALENT):
+def problems(mutants, verdicts, every):
     """What is amiss, in words: survivors without a proof, and proofs that do not hold."""
     for m, v in zip(mutants, verdicts):
-        if not v.killed and m.change not in equivalent:
+        if not v.killed and not m.proof:
             yield f"survives without proof: {describe(m)}"
-        if v.killed and m.change in equivalent:
+        if v.killed and m.proof:
             yield f"proved equivalent, yet killed: {describe(m)}: {v.what}"
-    known = {m.change for m in every}
-    yield from (f"proof of what is no mutant: {change}" for change in equivalent.keys() - known)
+    for what in PROOFS:
+        if not any(re.fullmatch(what, m.change) for m in every):
+            yield f"proof of what is no mutant: {what}"
 
 
 def describe(m):
@@ -531,9 +600,8 @@ def main(options, specs):
     verdicts = campaign(mutants, options.jobs)
     console.print(table(mutants, verdicts, time.monotonic() - started))
     for m, v in zip(mutants, verdicts):
-        if not v.killed and m.change in EQUIVALENT:
-            text = f"equivalent: {describe(m)}\n  {EQUIVALENT[m.change]}"
-            console.print(escape(text), soft_wrap=True)
+        if not v.killed and m.proof:
+            console.print(escape(f"equivalent: {describe(m)}\n  {m.proof}"), soft_wrap=True)
     amiss = list(problems(mutants, verdicts, every))
     for problem in amiss:
         console.print(f"[red]{escape(problem)}[/]", soft_wrap=True)
@@ -542,7 +610,7 @@ def main(options, specs):
             {
                 "op": m.op, "kernel": m.kernel, "place": m.place, "operator": m.operator,
                 "before": m.before, "after": m.after, "killed": v.killed, "by": v.by,
-                "what": v.what, "seconds": round(v.seconds, 3), "proof": EQUIVALENT.get(m.change),
+                "what": v.what, "seconds": round(v.seconds, 3), "proof": m.proof,
             }
             for m, v in zip(mutants, verdicts)
         ]  # fmt: skip

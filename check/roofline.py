@@ -212,7 +212,7 @@ def dots_of(source):
             around.append((number, indent))
         if dot := _DOT.search(line):
             precision, M, K, dtype, N = dot.groups()
-            kinds.add(precision or dtype)
+            kinds.add(precision if precision and dtype == "f32" else dtype)
             flops[around[-1] if around else None] += 2 * int(M) * int(K) * int(N)
     return tuple(sorted(kinds)), max((n for loop, n in flops.items() if loop), default=0)
 

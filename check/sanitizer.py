@@ -106,7 +106,7 @@ class Argument:
 
     def place(self, element):
         """An element as words: the index it has, or how far outside it is."""
-        shape = list(self.tensor.shape)
+        shape, element = list(self.tensor.shape), int(element)
         if element < 0:
             return f"{-element} before the first element of {shape}"
         if element >= self.end:
@@ -172,6 +172,14 @@ class Sanitizer:
         for key in [k for k in self._shadows if k[0] == storage.data_ptr()]:
             del self._shadows[key]
 
+    def unwritten(self, tensor):
+        """How many elements of tensor, which came from torch.empty, nobody has written."""
+        if not tensor.numel() or tensor.untyped_storage().data_ptr() not in self._unwritten:
+            return 0
+        written = torch.from_numpy(self._shadow(tensor).written)
+        at = written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        return int((~at).sum())
+
     def written(self, tensor):
         """torch has written to tensor."""
         address = tensor.untyped_storage().data_ptr()
@@ -194,6 +202,7 @@ class Sanitizer:
     def _watched_launch(self, original):
         def call(executor, *args, **kwargs):
             takes = inspect.signature(executor.fn).parameters
+            options = mends.options_of(kwargs)
             kwargs = {k: v for k, v in kwargs.items() if k in takes}
             values = inspect.getcallargs(executor.fn, *args, **kwargs)
             self._arguments = []
@@ -209,11 +218,12 @@ class Sanitizer:
                 self.launches.append(Launch(name, grid))
                 interpreter.interpreter_builder.set_grid_dim(*grid)
                 self._begun = self._program + 1
-                for index in self.programs(grid):
-                    self._program += 1
-                    self._overflow = None
-                    interpreter.interpreter_builder.set_grid_idx(*map(int, index))
-                    executor.fn(**values)
+                with options:
+                    for index in self.programs(grid):
+                        self._program += 1
+                        self._overflow = None
+                        interpreter.interpreter_builder.set_grid_idx(*map(int, index))
+                        executor.fn(**values)
             finally:
                 scope.restore()
             self._count_distinct()
@@ -238,7 +248,8 @@ class Sanitizer:
 
     def _count_distinct(self):
         launch = self.launches[-1]
-        for shadow, size in {id(a.shadow): (a.shadow, a.itemsize) for a in self._arguments}.values():
+        shadows = {id(a.shadow): (a.shadow, a.itemsize) for a in self._arguments}
+        for shadow, size in shadows.values():
             if shadow is not None:
                 touched = (shadow.last_reader >= self._begun).sum()
                 touched += (shadow.writer >= self._begun).sum()

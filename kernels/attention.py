@@ -136,9 +136,9 @@ def _forward_kernel(
     # Keys below `full` are seen by every query of the tile, keys from `end` on by none.
     if CAUSAL:
         shift = length_k - length_q
-        last = tl.minimum(offs_m + shift, length_k - 1)
-        full = tl.minimum(tl.maximum(start_m + shift + 1, 0), length_k)
-        end = tl.minimum(tl.maximum(start_m + BLOCK_M + shift, 0), length_k)
+        last = offs_m + shift
+        full = tl.maximum(start_m + shift + 1, 0)
+        end = tl.minimum(start_m + BLOCK_M + shift, length_k)
     else:
         last = tl.zeros([BLOCK_M], tl.int32) + (length_k - 1)
         full = length_k
@@ -171,15 +171,16 @@ def _config(D, itemsize):
     """
     BLOCK_D = max(triton.next_power_of_2(D), 16)
     if itemsize == 4:  # exact fp32 products run on no tensor core: each thread holds its operands
-        M, N, warps, stages = {128: (32, 16, 4, 2), 256: (32, 16, 8, 2)}.get(
-            BLOCK_D, (64, 32, 8, 2)
+        M, N, threads, stages = {128: (32, 16, 128, 2), 256: (32, 16, 256, 2)}.get(
+            BLOCK_D, (64, 32, 256, 2)
         )
     else:
-        M, N, warps, stages = {128: (128, 32, 8, 2), 256: (64, 32, 8, 2)}.get(
-            BLOCK_D, (128, 64, 8, 3)
+        M, N, threads, stages = {128: (128, 32, 256, 2), 256: (64, 32, 256, 2)}.get(
+            BLOCK_D, (128, 64, 256, 3)
         )
     return {
-        "BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": stages,
+        "BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": BLOCK_D,
+        "num_warps": threads // launch.WARP_SIZE, "num_stages": stages,
     }
 
 
@@ -414,12 +415,15 @@ SPEC = Spec(
     inputs=_inputs,
     cost=_cost,
     cases=(
-        {"lengths": (37, 5, 64)},
-        {"lengths": (65, 1, 0, 129), "heads": 1, "D": 32},  # just past a block, and an empty one
+        {"lengths": (37, 5, 64), "heads": 3},
+        {"lengths": (65, 1, 0, 129), "D": 32},  # just past a block, and an empty one
         {"lengths": (19, 40), "causal": True},
         {"lengths": (130,), "heads": 1, "causal": True},
-        {"lengths": (3, 17, 0), "lengths_k": (65, 1, 4)},
+        {"lengths": (3, 70, 0), "lengths_k": (65, 1, 4)},
         {"lengths": (3, 40, 5), "lengths_k": (65, 7, 0), "causal": True},  # some see no key
+        {"lengths": (3,), "lengths_k": (65,), "causal": True},  # a tile but for its last key
+        {"lengths": (3, 100), "lengths_k": (200, 7), "causal": True, "heads": 1},
+        {"lengths": (130, 128), "lengths_k": (5, 191), "causal": True, "heads": 1},
         {"lengths": (), "D": 64},
         {"lengths": (0, 0)},
         {"lengths": (1,), "D": 1},
@@ -428,6 +432,7 @@ SPEC = Spec(
         {"lengths": (33,), "D": 128, "heads": 1},
         {"lengths": (17,), "D": 256, "heads": 1},
         {"lengths": (31, 7), "scale": 1.0},  # near one-hot
+        {"lengths": (1, 1, 1, 65), "heads": 3, "scale": 30.0},  # exp2 of scores would be 0 or inf
         {"lengths": (3,), "lengths_k": (8192,), "heads": 1, "D": 16},
     ),
     fuzz=_fuzz,
@@ -447,10 +452,10 @@ SPEC = Spec(
         "q must be fp32, fp16 or bf16 [T, heads, 1 to 256], got float32[4, 64]": {
             "q": torch.ones(4, 64)
         },
-        "k must be float32[7, 2, 64] like q, got float32[7, 2, 32]": {"k": torch.ones(7, 2, 32)},
-        "v must be float32[106, 2, 64] like q, got float32[5, 2, 64]": {"v": torch.ones(5, 2, 64)},
+        "k must be float32[7, 3, 64] like q, got float32[7, 2, 32]": {"k": torch.ones(7, 2, 32)},
+        "v must be float32[106, 3, 64] like q, got float32[5, 2, 64]": {"v": torch.ones(5, 2, 64)},
         "k must have the rows of q, 106, got": {
-            "k": torch.ones(7, 2, 64), "v": torch.ones(7, 2, 64)
+            "k": torch.ones(7, 3, 64), "v": torch.ones(7, 3, 64)
         },
         "cu_seqlens must be int32[B + 1], got int64[4]": {"cu_seqlens": torch.zeros(4).long()},
         "cu_seqlens_k and max_seqlen_k go together, got None and 3": {"max_seqlen_k": 3},

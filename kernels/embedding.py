@@ -361,8 +361,8 @@ def embedding(
 
 # -- spec -----------------------------------------------------------------------------------
 def _inputs(
-    dtype, device, B, S, N, V=11, tokens=None, embeds=False, ids=False, padding_idx=None,
-    id_dtype=torch.int64, spread=1.0,
+    dtype, device, B, S, N, V=11, tokens=None, embeds=False, types=False, positions=False,
+    padding_idx=None, id_dtype=torch.int64, spread=1.0,
 ):
     def table(count):
         return (spread * torch.randn(count, N, device=device)).to(dtype) + 10
@@ -376,9 +376,10 @@ def _inputs(
         "weight": torch.randn(N, device=device).to(dtype),
         "bias": torch.randn(N, device=device).to(dtype),
         "inputs_embeds": torch.randn(B, S, N, device=device).to(dtype) if embeds else None,
-        "token_type_ids": draw(2) if ids else None,
-        "position_ids": draw(S + 3) if ids else None,
-        "row_index": None if tokens is None else torch.randperm(B * S, device=device)[:tokens],
+        "token_type_ids": draw(2) if types else None,
+        "position_ids": draw(S + 3) if positions else None,
+        "row_index": None if tokens is None
+        else torch.randperm(B * S, device=device)[:tokens].int(),
         "padding_idx": padding_idx,
     }
 
@@ -388,7 +389,7 @@ def _fuzz(rng):
     case = {"B": B, "S": S, "N": rng.choice((1, 2, 7, 16, 31, 64, 100, 129, 768))}
     if rng.random() < 0.6:
         case["tokens"] = rng.randint(0, B * S)
-    for option in ("embeds", "ids"):
+    for option in ("embeds", "types", "positions"):
         if rng.random() < 0.4:
             case[option] = True
     if rng.random() < 0.2:
@@ -398,9 +399,10 @@ def _fuzz(rng):
     return case
 
 
-def _cost(itemsize, B, S, N, tokens=None, ids=False, **_):
+def _cost(itemsize, B, S, N, tokens=None, types=False, positions=False, **_):
     T = B * S if tokens is None else tokens
-    return 9 * T * N, T * (4 * N * itemsize + 8 * (1 + 2 * ids) + 4 * (tokens is not None))
+    indices = 8 * (1 + types + positions) + 4 * (tokens is not None)
+    return 9 * T * N, T * (4 * N * itemsize + indices)
 
 
 SPEC = Spec(
@@ -410,24 +412,26 @@ SPEC = Spec(
     cost=_cost,
     cases=(
         {"B": 2, "S": 5, "N": 128, "tokens": 7},
-        {"B": 3, "S": 7, "N": 100, "ids": True, "tokens": 13},
+        {"B": 3, "S": 7, "N": 100, "types": True, "positions": True, "tokens": 13},
         {"B": 2, "S": 3, "N": 129, "padding_idx": 0},
-        {"B": 2, "S": 3, "N": 64, "embeds": True, "tokens": 4, "ids": True},
+        {"B": 2, "S": 3, "N": 64, "embeds": True, "tokens": 4, "types": True, "positions": True},
         {"B": 2, "S": 3, "N": 7, "embeds": True},
         {"B": 1, "S": 1, "N": 1},
         {"B": 2, "S": 3, "N": 64, "tokens": 0},
         {"B": 0, "S": 3, "N": 64},
-        {"B": 2, "S": 4, "N": 33, "ids": True, "id_dtype": torch.int32},
+        {"B": 2, "S": 3, "N": 65, "types": True},
+        {"B": 2, "S": 4, "N": 33, "types": True, "positions": True, "id_dtype": torch.int32},
     ),
     fuzz=_fuzz,
-    whole={"B": 2, "S": 8, "N": 1024, "ids": True},
+    whole={"B": 2, "S": 8, "N": 1024, "types": True, "positions": True},
     huge=(
-        {"B": 4200, "S": 512, "N": 1024, "V": 2**21 + 3, "ids": True},
-        {"B": 4200, "S": 512, "N": 1024, "embeds": True, "tokens": 2**21},
+        {"B": 4200, "S": 512, "N": 1024, "V": 2**22, "id_dtype": torch.int32},
+        {"B": 4200, "S": 512, "N": 8192, "embeds": True, "tokens": 4200 * 512 - 9},
     ),
     bench=(
-        {"B": 32, "S": 512, "N": 768, "V": 30522, "ids": True},
-        {"B": 32, "S": 512, "N": 1024, "V": 30522, "ids": True, "tokens": 7000},
+        {"B": 32, "S": 512, "N": 768, "V": 30522, "types": True, "positions": True},
+        {"B": 32, "S": 512, "N": 1024, "V": 30522, "types": True, "positions": True,
+         "tokens": 7000},
     ),
     rejects={
         "give one of input_ids and inputs_embeds": {"input_ids": None},
@@ -444,5 +448,10 @@ SPEC = Spec(
         },
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },
+    traps=tuple(
+        {name: torch.full((2, 5), id)}
+        for name, rows in (("input_ids", 11), ("token_type_ids", 2), ("position_ids", 8))
+        for id in (-1, rows)
+    ),
     packed=("row_index",),
 )

@@ -2,7 +2,8 @@
 
 With TRITON_INTERPRET=1 a kernel runs in numpy, which has no bf16 and no fp8: their values lie there
 as raw bits. As Triton 3.6 to 3.9 ship it, the interpreter truncates where a GPU rounds, adds and
-multiplies the bits as if they were integers, and takes a TF32 product for an exact one.
+multiplies the bits as if they were integers, takes a TF32 product for an exact one, and forgets
+that a launch wants its assertions checked.
 
 A Mend has a probe, a small computation whose result on a GPU is known. `mend` applies those whose
 probe comes out otherwise, and no others: where Triton has mended it, ours stays away.
@@ -10,14 +11,15 @@ Not mended: exp2, rsqrt and division are exact here and good to 2 ulp on a GPU; 
 order, and in bf16 round once, where a GPU rounds at each step; a masked lane without `other` is
 zero here and undefined there.
 
-Source     PTX that Triton 3.6 and 3.9 emit for sm_90: cvt.rn.bf16x2.f32, cvt.rn.satfinite.e4m3x2.f32
+Source     PTX that Triton 3.6 and 3.9 emit for sm_90: cvt.rn.bf16x2.f32, cvt.rn.satfinite.e4m3x2
            and e5m2x2 (past the largest finite value, infinity too, is that value), and no cvt
            before a TF32 product, which reads the upper 19 bits. Fp8 formats: Micikevicius et al.,
            FP8 Formats for Deep Learning, 2022.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import triton
@@ -133,7 +135,9 @@ def _casts_are_broken():
     rounding = ir.ROUNDING_MODE.RTNE
 
     def cast(x, dst):
-        return builder.create_fp_to_fp(x, dst, rounding) if dst in FP8 else builder.cast_impl(x, dst)
+        if dst in FP8:
+            return builder.create_fp_to_fp(x, dst, rounding)
+        return builder.cast_impl(x, dst)
 
     return any(_value(cast(_number(x, src), dst)) != y for x, src, dst, y in wanted)
 
@@ -284,6 +288,43 @@ def _index_is_broken():
         scope.restore()
 
 
+# -- options of a launch --------------------------------------------------------------------
+@contextmanager
+def options_of(launch):
+    """What a launch's keywords say of the compilation holds inside; other keywords are ignored."""
+    builder = interpreter.interpreter_builder
+    before = builder.options
+    said = {k: launch[k] for k in ("debug", "sanitize_overflow") if k in launch}
+    builder.options = replace(before, **said)
+    try:
+        yield
+    finally:
+        builder.options = before
+
+
+def _mend_options():
+    original = interpreter.GridExecutor.__call__
+
+    def call(self, *args, **kwargs):
+        with options_of(kwargs):
+            return original(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = call
+
+
+@triton.jit
+def _asserts(truth: tl.constexpr):
+    tl.device_assert(truth, "not so")
+
+
+def _options_are_forgotten():
+    try:
+        _asserts[(1,)](truth=False, debug=True)
+    except Exception as error:  # the interpreter's own, around an AssertionError
+        return "not so" not in str(error)
+    return True
+
+
 # -- all of them ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Mend:
@@ -298,6 +339,7 @@ MENDS = (
     Mend("reductions of bf16", _reductions_are_broken, _mend_reductions),
     Mend("tl.dot of bf16, fp8 and TF32", _dot_is_broken, _mend_dot),
     Mend("loop bounds under numpy 2.4", _index_is_broken, _mend_index),
+    Mend("device_assert under debug=True", _options_are_forgotten, _mend_options),
 )
 
 

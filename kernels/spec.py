@@ -18,6 +18,7 @@ class Spec:
     huge: tuple[Mapping, ...]  # with an offset past 2^31; never allocated, see check/examine.py
     bench: tuple[Mapping, ...]  # real sizes, for benchmarks and the compile check
     rejects: Mapping[str, Mapping]  # start of a ValueError's text -> keywords that raise it
+    traps: tuple[Mapping, ...] = ()  # keywords that end a launch in a device-side assertion
     packed: tuple[str, ...] = ()  # inputs with a row for each token: past num_tokens never read
     rounds_inside: bool = False  # judged against the definition in the same dtype, not in fp32
 

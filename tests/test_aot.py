@@ -1,106 +1,234 @@
-"""Every launch of every op of SPECS, compiled for GPUs that this machine need not have.
+"""The compile report: what ships keeps its budgets, and each budget can be broken."""
 
-The ops are called on CPU tensors of benchmark size, and Triton's own launch path decides what to
-compile: types, alignment, None, num_warps. Only the launch is left out. So no signature is
-written twice, and what is checked is what will run.
-"""
-
-import re
-import subprocess
+import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert_fast.kernels import SPECS
-from bert_fast.kernels.launch import HAS_TRITON, INTERPRET, KERNELS
+from bert_fast.kernels import SPECS, launch
+from bert_fast.kernels.launch import HAS_TRITON, INTERPRET
 
 if not HAS_TRITON:
     pytest.skip("nothing to compile without triton", allow_module_level=True)
 if INTERPRET:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
+
+import aot
+import roofline
 import triton
-from triton.backends.compiler import GPUTarget
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}  # KiB
-CASES = [pytest.param(s, c, id=s.label(c)) for s in SPECS for c in s.bench]
+import triton.language as tl
+from aot import BULK, GATED, compile_all, kernels_without_spec, launch_row, report
+from roofline import GPUS, TARGETS, Instruction, analyse, flow, predict, width
 
 
-class Driver:
-    """What Triton asks of a GPU driver before it launches."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_device(self):
-        return self.target.arch  # kernels are cached by device: one for each target
-
-    def get_current_stream(self, device):
-        return 0
-
-    def get_current_target(self):
-        return self.target
+# -- what ships -----------------------------------------------------------------------------
+def test_every_launch_keeps_its_budgets():
+    rows = report(SPECS, GATED, ["bfloat16", "float32"], jobs=2)
+    assert {row["op"] for row in rows} == {s.name for s in SPECS}
+    over = [f"{r['op']} {r['case']} {r['dtype']} {r['arch']}: {o}" for r in rows for o in r["over"]]
+    assert not over, "\n".join(over)
+    for row in rows:
+        assert row["registers"] > 0
+        assert row["bytes"] > 0
+        assert row["resident"] > 0
+        for seconds in (p["seconds"] for p in row["predicted"].values()):
+            assert 1e-6 < seconds < 1
 
 
-class OnKernels(TorchDispatchMode):
-    """Calls the Triton form of every bert_fast op that has one, whatever the device."""
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "bert_fast":
-            return KERNELS[op._opname](*args)
-        return op(*args, **(kwargs or {}))
+@pytest.mark.parametrize("arch", [a for a in TARGETS if a not in GATED])
+def test_every_kernel_compiles_elsewhere_and_fits_shared_memory(arch):
+    for spec in SPECS:
+        for launched in compile_all(spec, spec.bench[-1], torch.float16, [arch])[arch]:
+            assert launched.kernel.metadata.shared <= TARGETS[arch].shared
 
 
-def compile_all(spec, case, dtype, target):
-    """The kernels that one call of the op launches, compiled for target."""
-    compiled = []
-    run = triton.JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.JITFunction, "run", compile_only)
-        patch.setattr(triton.runtime.driver, "_active", Driver(target))
-        with torch.no_grad(), OnKernels():
-            spec.fn(**spec.inputs(dtype, "cpu", **case))
-    assert compiled
-    return compiled
+def test_every_op_with_a_kernel_has_a_spec():
+    assert kernels_without_spec() == []
+    assert kernels_without_spec([s for s in SPECS if s.name != "gelu"]) == ["gelu"]
 
 
-def resources(kernel, path):
-    """Registers and bytes of stack of one thread, read from the cubin."""
-    path.write_bytes(kernel.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", path]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+# -- kernels that break a budget ------------------------------------------------------------
+@triton.jit
+def _product(a_ptr, b_ptr, c_ptr, K, BLOCK: tl.constexpr):
+    """c = a b of one tile."""
+    offs = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, K, 16):
+        offs_k = start + tl.arange(0, 16)
+        a = tl.load(a_ptr + offs[:, None] * K + offs_k[None, :])
+        b = tl.load(b_ptr + offs_k[:, None] * BLOCK + offs[None, :])
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    tl.store(c_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
 
 
-@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("spec, case", CASES)
-def test_no_kernel_spills(spec, case, dtype, name, tmp_path):
-    for kernel in compile_all(spec, case, dtype, TARGETS[name]):
-        registers, stack = resources(kernel, tmp_path / "kernel.cubin")
-        meta = kernel.metadata
-        print(f"{meta.name} {name} {dtype} {spec.label(case)}: {registers} registers, "
-              f"{meta.num_warps} warps, {meta.shared} bytes of shared memory, {stack} of stack")
-        assert stack == 0, f"{meta.name} spills"
+@triton.jit
+def _copy(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
+    """Elements `stride` apart: one access for each."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs * stride, tl.load(x_ptr + offs * stride))
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-def test_every_kernel_compiles_and_fits_shared_memory(spec, dtype, name):
-    for case in spec.bench[-3:]:
-        for kernel in compile_all(spec, case, dtype, TARGETS[name]):
-            assert kernel.metadata.shared <= SHARED[name] * 1024, kernel.metadata.name
+def row_of(kernel, args, arch, programs=1, moved=BULK, **options):
+    """The report's row of one launch, compiled as the report compiles."""
+    (launched,) = aot._launches(
+        lambda: kernel[(programs,)](*args, **options), {}, TARGETS[arch].triton
+    )
+    resources = analyse(launched.kernel, TARGETS[arch])
+    labels = {"op": "planted", "case": "", "dtype": "bfloat16"}
+    return launch_row(labels, arch, resources, launched.programs, 10**9, moved)
+
+
+def tiles(block, K=64, dtype=torch.bfloat16):
+    shapes = (block, K), (K, block)
+    return *(torch.zeros(s, dtype=dtype) for s in shapes), torch.zeros(block, block), K
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_spill_in_the_loop_is_over_budget(arch):
+    """256 x 256 sums in fp32 are 512 a thread of 4 warps, and 255 registers there are."""
+    row = row_of(_product, tiles(256), arch, BLOCK=256, num_warps=4)
+    assert row["spills"]["hot"] > 0
+    assert any(o.startswith("spills: ") for o in row["over"])
+    row = row_of(_product, tiles(64), arch, BLOCK=64, num_warps=4)
+    assert row["spills"] == {"hot": 0, "cold": 0}
+    assert not any(o.startswith("spills: ") for o in row["over"])
+
+
+@pytest.mark.parametrize("arch", GATED)
+def test_a_product_on_the_tensor_cores_shows(arch):
+    row = row_of(_product, tiles(64), arch, BLOCK=64, num_warps=4)
+    assert row["tensor"]
+    assert row["dots"] == ("bf16",)
+    assert not any("tensor cores" in o for o in row["over"])
+    without = {**row, "tensor": {}}  # a tl.dot that the compiler expanded
+    assert "tensor cores: none for products of bf16" in aot.budget(without)
+    exact = row_of(_product, tiles(64, dtype=torch.float32), arch, BLOCK=64, num_warps=4)
+    assert exact["dots"] == ("f32",)
+    assert bool(exact["tensor"]) != TARGETS[arch].nvidia  # which has none for that
+    assert not any("tensor cores" in o for o in exact["over"])
+
+
+@pytest.mark.parametrize("arch", GATED)
+def test_narrow_accesses_are_over_budget_where_they_cost_time(arch):
+    x, y = torch.zeros(2, 4096, dtype=torch.bfloat16).unbind()
+    narrow = row_of(_copy, (x, y, 3), arch, BLOCK=1024, num_warps=4)
+    assert any(o.startswith("accesses: 0% ") for o in narrow["over"])
+    small = row_of(_copy, (x, y, 3), arch, moved=BULK - 1, BLOCK=1024, num_warps=4)
+    assert small["over"] == []
+    whole = row_of(_copy, (x, y, 1), arch, BLOCK=1024, num_warps=2 if arch == "gfx942" else 4)
+    assert whole["wide"] == 1
+    assert whole["over"] == []
+
+
+def test_too_much_shared_memory_is_over_budget():
+    row = row_of(_product, tiles(64), "sm_80", BLOCK=64, num_warps=4)
+    more = {**row, "shared": row["shared_limit"] + 1}
+    assert aot.budget(more) == ["shared memory: 166913 bytes, 166912 there are"]
+
+
+# -- reading machine code -------------------------------------------------------------------
+def test_the_innermost_loop_is_hot_and_a_poll_is_none():
+    """0, an outer loop of 1 to 5 with an inner of 2 and 3, a poll at 4, the end at 6, a trap."""
+    code = [
+        Instruction("S2R"),
+        Instruction("IADD"),
+        Instruction("FFMA"),
+        Instruction("BRA", to="inner"),
+        Instruction("SYNCS.PHASECHK", to="poll"),
+        Instruction("BRA", to="outer"),
+        Instruction("EXIT", falls=False, exits=True),
+        Instruction("BPT.TRAP", falls=False),
+    ]
+    hot, others = flow(code, {"inner": 2, "poll": 4, "outer": 1})
+    assert [[i.opcode for i in loop] for loop in hot] == [["FFMA", "BRA"]]
+    assert [i.opcode for i in others] == ["S2R", "IADD", "SYNCS.PHASECHK", "BRA", "EXIT"]
+
+
+@pytest.mark.parametrize(
+    "opcode, kind, bits",
+    [
+        ("LDG.E.128", "load", 128), ("LDG.E.64.CONSTANT", "load", 64), ("LDG.E.U16", "load", 16),
+        ("LDG.E", "load", 32), ("STG.E.128", "store", 128), ("STG.E.128", "load", 0),
+        ("LDGSTS.E.BYPASS.128", "load", 128), ("global_load_dwordx4", "load", 128),
+        ("buffer_store_dwordx2", "store", 64), ("global_load_ushort", "load", 16),
+        ("LDS.128", "load", 0),
+    ],
+)  # fmt: skip
+def test_widths_of_accesses(opcode, kind, bits):
+    assert width(opcode, kind) == bits
+
+
+# -- time -----------------------------------------------------------------------------------
+def test_a_large_copy_is_predicted_at_the_bandwidth_and_a_small_one_at_the_launch():
+    x, y = torch.zeros(2, 4096, dtype=torch.bfloat16).unbind()
+    (launched,) = aot._launches(
+        lambda: _copy[(4,)](x, y, 1, BLOCK=1024, num_warps=4), {}, TARGETS["sm_90"].triton
+    )
+    resources, gpu = analyse(launched.kernel, TARGETS["sm_90"]), GPUS["H200"]
+    gibibyte = predict(resources, gpu, 2**18, 0, 2**30)
+    assert gibibyte["bound"] == "memory"
+    least = 2**30 / (gpu.bandwidth * roofline.COPY)
+    assert least < gibibyte["seconds"] < 1.2 * least
+    assert predict(resources, gpu, 1, 0, 4096)["bound"] == "launch"
+
+
+def test_products_are_predicted_at_the_tensor_cores_and_ragged_waves_cost():
+    row = row_of(_product, tiles(64, K=4096), "sm_90", BLOCK=64, num_warps=4)
+    resources = roofline.Resources(
+        **{f: row[f] for f in roofline.Resources.__dataclass_fields__}
+    )
+    gpu = GPUS["H100"]
+    flops = 2 * 64 * 64 * 4096
+    whole = predict(resources, gpu, 132, 132 * flops, 1000)
+    more = predict(resources, gpu, 133, 133 * flops, 1000)
+    assert whole["tensor"] == pytest.approx(132 * flops / (gpu.tensor * roofline.PRODUCT))
+    assert more["tensor"] == pytest.approx(2 * whole["tensor"])
+
+
+# -- what was measured ----------------------------------------------------------------------
+def test_predictions_stand_beside_what_a_result_file_measured(tmp_path):
+    case = "gelu(shape=(16384, 3072))"
+    content = {
+        "device": {"name": "NVIDIA H200"},
+        "rows": [
+            {"workload": case, "dtype": "bfloat16", "contender": who, "status": status,
+             "median_s": 9e-5}
+            for who, status in (("ours", "ok"), ("F.gelu", "ok"), ("ours", "FAILED"))
+        ],
+    }  # fmt: skip
+    (tmp_path / "h200.json").write_text(json.dumps(content))
+    (tmp_path / "cpu.json").write_text(json.dumps({**content, "device": {"name": "a CPU"}}))
+    (gelu,) = (s for s in SPECS if s.name == "gelu")
+    rows = report([gelu], ["sm_90"], ["bfloat16"])
+    ((file, gpu, at, dtype, ours, theirs),) = aot.measured(rows, tmp_path)
+    assert (file, gpu, at, dtype, theirs) == ("h200.json", "H200", case, "bfloat16", 9e-5)
+    expected = [r["predicted"]["H200"]["seconds"] for r in rows if r["case"] == case]
+    assert [ours] == expected
+
+
+# -- what is missing ------------------------------------------------------------------------
+def test_a_missing_tool_names_the_package_that_brings_it(monkeypatch):
+    class Nothing:
+        @property
+        def ptxas(self):
+            raise RuntimeError("Cannot find ptxas")
+
+    monkeypatch.setattr(roofline.triton.knobs, "nvidia", Nothing())
+    with pytest.raises(FileNotFoundError) as caught:
+        roofline.tool("ptxas")
+    said = str(caught.value)
+    assert said.startswith("ptxas is missing. The triton wheel brings it: pip install")
+    assert "pip install nvidia-cuda-nvcc" in said
+    assert "TRITON_PTXAS_PATH" in said
+
+
+def test_an_op_without_a_spec_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(launch.KERNELS, "orphan", None)
+    monkeypatch.setattr(aot, "report", lambda *args: [])
+    options = type("Options", (), {"arch": ["sm_90"], "dtype": None, "jobs": 1, "json": None})
+    assert aot.main(options, SPECS) == 1
+    assert "the op orphan has kernels and no Spec among SPECS" in capsys.readouterr().out

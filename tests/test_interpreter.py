@@ -202,7 +202,7 @@ def test_a_comparison_of_bf16_is_a_number():
 @triton.jit
 def _loop(n_ptr, out_ptr):
     total = 0
-    for i in range(0, tl.load(n_ptr)):
+    for i in range(tl.load(n_ptr)):
         total += i
     tl.store(out_ptr, total)
 

@@ -1,0 +1,113 @@
+"""`python check`: what a person types, and what the page on writing a kernel promises."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bert_fast.kernels import SPECS
+from bert_fast.kernels.launch import INTERPRET
+
+if not INTERPRET:
+    pytest.skip("these checks are for kernels in the interpreter", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+OPS = ", ".join(s.name for s in SPECS)
+
+
+def check(*args, root=ROOT, **env):
+    command = [sys.executable, root / "check", *map(str, args)]
+    env = {**os.environ, "PYTHONSAFEPATH": "1", "COLUMNS": "120", **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["op", "layernorm"], f"no op layernorm; there are {OPS}"),
+        (["op"], f"op: give one op, of {OPS}"),
+        (["fuzz", "--op", "softmax"], f"no op softmax; there are {OPS}"),
+        (["aot", "--arch", "sm_70"], "argument --arch: invalid choice: 'sm_70' (choose from"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_right_ones(args, said):
+    done = check(*args)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"check: {said}")
+    assert done.stderr.count("\n") == 1
+    if "--arch" in args:
+        for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
+            assert arch in done.stderr
+
+
+def test_each_command_says_how_it_wants_the_interpreter():
+    done = check("op", "gelu", TRITON_INTERPRET="0")
+    assert done.returncode == 1
+    assert "set TRITON_INTERPRET=1" in done.stderr
+    done = check("aot")
+    assert done.returncode == 1
+    assert "unset TRITON_INTERPRET" in done.stderr
+
+
+# -- docs/new_kernel.md ---------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project, with the page's op in it, as its reader makes it."""
+    root = tmp_path_factory.mktemp("project")
+    page = (ROOT / "docs" / "new_kernel.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for folder in ("check", "tests"):
+        shutil.copytree(ROOT / folder, root / folder)
+    shutil.copytree(ROOT / "bert_fast", root / "bert_fast")
+    shutil.copytree(ROOT / "kernels", root / "bert_fast" / "kernels")
+    shutil.copy(ROOT / "pyproject.toml", root)
+    kernels = root / "bert_fast" / "kernels"
+    (kernels / "rms_norm.py").write_text("\n\n".join(blocks))
+    shown = re.findall(r"^    (from \.rms_norm import .*)$", page, re.MULTILINE)
+    init = (kernels / "__init__.py").read_text()
+    assert "    SPECS = (" in init
+    init = init.replace("    SPECS = (", f"    {shown[0]}\n\n    SPECS = (RMS_NORM, ")
+    (kernels / "__init__.py").write_text(init)
+    return root
+
+
+def test_the_page_on_a_new_kernel_ends_with_a_green_check(project):
+    done = check("op", "rms_norm", root=project, PYTHONPATH=str(project))
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = re.findall(r"^ (.*?) +(good|BAD) ", done.stdout, re.MULTILINE)
+    assert [name for name, verdict in verdicts if verdict == "good"] == [
+        "sanitizer and values", "measured cost", "fuzzer", "mutants", "tests, kernels",
+        "tests, CPU form", "compiled",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "right, wrong, found",
+    [
+        ("mask=mask_n)", "mask=None)", "two writers, y_ptr: stores element [1, 0] of [4, 768]"),
+        ("tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "overflow, x_ptr"),
+        (" / N + eps)", " / N)", "times what is allowed"),
+    ],
+)
+def test_what_the_page_says_to_break_is_found(project, right, wrong, found):
+    file = project / "bert_fast" / "kernels" / "rms_norm.py"
+    whole = file.read_text()
+    kernel, rest = whole.split("def _forward(", 1)
+    assert kernel.count(right) == 1
+    code = (
+        "import sys; sys.path[0:0] = ['check']; from examine import examine;"
+        "from bert_fast.kernels import SPECS; print(examine(SPECS[0]))"
+    )
+    try:
+        file.write_text(kernel.replace(right, wrong) + "def _forward(" + rest)
+        env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(project)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True
+        )
+    finally:
+        file.write_text(whole)
+    assert found in done.stdout, done.stdout + done.stderr

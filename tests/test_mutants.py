@@ -1,0 +1,101 @@
+"""Mutants: made of every kernel, found by the checks, and never left in place."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from bert_fast.kernels import SPECS, layer_norm
+from bert_fast.kernels.launch import INTERPRET
+
+if not INTERPRET:
+    pytest.skip("mutants run in the interpreter", allow_module_level=True)
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
+
+import mutants
+from mutants import OPERATORS, Verdict, campaign, mutants_of, problems, sample, verdict
+
+EVERY = [m for s in SPECS for m in mutants_of(s)]
+SAMPLE = 40
+
+
+def one(op, text):
+    """The mutant of an op whose change has the text in it."""
+    (mutant,) = (m for m in EVERY if m.op == op and text in m.change)
+    return mutant
+
+
+def test_a_sample_of_the_mutants_is_found():
+    """CI's share; `make mutants` is all of them."""
+    chosen = sample([m for m in EVERY if not m.proof], SAMPLE, seed=0)
+    verdicts = campaign(chosen, jobs=2)
+    assert len(verdicts) == SAMPLE
+    assert not list(problems(chosen, verdicts, EVERY))
+
+
+def test_every_operator_makes_mutants_and_every_op_has_some():
+    assert len(EVERY) > 60
+    assert {m.operator for m in EVERY} == OPERATORS.keys()
+    assert {m.op for m in EVERY} == {s.name for s in SPECS}
+    assert len({(m.op, m.change, m.line) for m in EVERY}) > 0.95 * len(EVERY)
+
+
+def test_a_sample_is_even_and_the_same_each_time():
+    chosen = sample(EVERY, 200, seed=1)
+    assert chosen == sample(EVERY, 200, seed=1)
+    assert chosen != sample(EVERY, 200, seed=2)
+    counts = Counter((m.op, m.operator) for m in chosen)
+    possible = Counter((m.op, m.operator) for m in EVERY)
+    assert all(counts[kind] >= min(1, possible[kind]) for kind in possible)
+
+
+def test_a_mutant_is_in_place_inside_and_gone_after():
+    torch.manual_seed(0)
+    args = torch.randn(3, 64), torch.randn(64), torch.randn(64)
+    with torch.no_grad():
+        before = layer_norm(*args)
+        with one("layer_norm", "operand dropped: normalize(h, mask_n, N, eps) * weight + bias"
+                 "  ->  normalize(h, mask_n, N, eps) * weight").in_place():  # fmt: skip
+            assert torch.allclose(layer_norm(*args), before - args[2], atol=1e-6)
+        assert torch.equal(layer_norm(*args), before)
+
+
+def test_a_mutant_that_does_not_end_is_stopped():
+    def endless(spec):
+        while True:
+            pass
+
+    said = verdict(EVERY[0], examine=endless, seconds=0.2)
+    assert (said.killed, said.by) == (True, "does not end")
+
+
+def test_what_is_amiss_is_said(monkeypatch):
+    proved = next(m for m in EVERY if m.proof)
+    other = next(m for m in EVERY if not m.proof)
+    (said,) = problems([other], [Verdict(False)], EVERY)
+    assert said.startswith("survives without proof: kernels/")
+    (said,) = problems([proved], [Verdict(True, "raises", "an error")], EVERY)
+    assert said.startswith("proved equivalent, yet killed: ")
+    assert not list(problems([other, proved], [Verdict(True), Verdict(False)], EVERY))
+    monkeypatch.setitem(mutants.PROOFS, "no such change", "because")
+    assert list(problems([], [], EVERY)) == ["proof of what is no mutant: no such change"]
+
+
+def test_an_op_that_fails_as_it_is_stops_the_campaign(monkeypatch):
+    monkeypatch.setattr(mutants, "_baseline", _fails)
+    with pytest.raises(RuntimeError, match="check mutants: gelu fails as it is: all wrong"):
+        campaign([m for m in EVERY if m.op == "gelu"][:1], jobs=1)
+
+
+def _fails(name):
+    return "all wrong", 0.0
+
+
+def test_the_command_exits_with_1_where_a_mutant_survives(monkeypatch, capsys):
+    monkeypatch.setattr(mutants, "campaign", lambda chosen, jobs: [Verdict(False)] * len(chosen))
+    options = type("Options", (), {"sample": 5, "seed": 0, "jobs": 1, "json": None})
+    assert mutants.main(options, SPECS) == 1
+    assert "survives without proof" in capsys.readouterr().out
