@@ -178,10 +178,11 @@ def _config(D, itemsize):
         M, N, threads, stages = {128: (128, 32, 256, 2), 256: (64, 32, 256, 2)}.get(
             BLOCK_D, (128, 64, 256, 3)
         )
-    return {
+    config = {
         "BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": BLOCK_D,
         "num_warps": threads // launch.WARP_SIZE, "num_stages": stages,
     }
+    return launch.configuration("attention", config, fixed=("BLOCK_D",), D=D, itemsize=itemsize)
 
 
 def _unit(t):

@@ -62,7 +62,8 @@ def _forward_kernel(
 def _config(N):
     """A row of 3072 is three programs."""
     BLOCK_N = min(triton.next_power_of_2(N), 1024)
-    return {"BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N)}
+    config = {"BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N)}
+    return launch.configuration("gelu", config, N=N)
 
 
 def _forward(y, x, bias, num_tokens):

@@ -4,6 +4,9 @@ This is the one module that knows whether Triton is there.
 """
 
 import functools
+import json
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -132,6 +135,87 @@ def pad_rows(t, M):
     out = t.new_zeros(M, *t.shape[1:])
     out[: len(t)] = t
     return out
+
+
+# -- configurations -------------------------------------------------------------------------
+TABLES = Path(__file__).with_name("tuned")  # a file for each GPU, written by `python bench tune`
+OF_A_BATCH = {"T", "Tk", "M", "B", "S", "tokens", "rows", "programs", "max_seqlen"}
+
+
+def slug(name):
+    """NVIDIA H200 as the name of a file: nvidia-h200"""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def configuration(op, default, fixed=(), **key):
+    """How to launch op on the current GPU: as its table says for key, else default.
+
+    default  {name: integer}: tile sizes, num_warps, num_stages
+    fixed    names in default that correctness hangs on: always as in default
+    key      what the choice depends on. It names nothing of the batch (ValueError): the order in
+             which a sum is taken follows from the choice, and a sequence's bits from that order.
+    """
+    if wrong := OF_A_BATCH & key.keys():
+        raise ValueError(
+            f"configuration: {op}'s key must name nothing of the batch, got {', '.join(wrong)}"
+        )
+    if INTERPRET or not torch.cuda.is_available():
+        return default
+    tuned = _table(torch.cuda.current_device()).get((op, written(key)))
+    if tuned is None:
+        return default
+    if tuned.keys() != default.keys():
+        _warn(f"{op}, {written(key)}: must have {', '.join(default)}, got {', '.join(tuned)}")
+        return default
+    return {**tuned, **{name: default[name] for name in fixed}}
+
+
+def written(key):
+    """{"N": 768, "D": 64} as in a table: D=64 N=768"""
+    return " ".join(f"{name}={value}" for name, value in sorted(key.items()))
+
+
+@functools.cache
+def _table(index):
+    """{(op, key): configuration} of a GPU; {} where there is no table, or a wrong one."""
+    name = torch.cuda.get_device_name(index)
+    path = TABLES / f"{slug(name)}.json"
+    return read_table(path, name) if path.exists() else {}
+
+
+def read_table(path, gpu):
+    """{(op, key): configuration} of the table in path, if it is for gpu. If it is for another, or
+    broken, {} and a warning that says what is wrong with it."""
+    try:
+        content = json.loads(path.read_text())
+        for name, wanted in (("schema", 1), ("gpu", gpu)):
+            if content[name] != wanted:
+                raise ValueError(f"{name} must be {wanted!r}, got {content[name]!r}")
+        table = {
+            (op, key): config
+            for op, keys in content["configurations"].items()
+            for key, config in keys.items()
+        }
+        for (op, key), config in table.items():
+            for name, value in config.items():
+                power = name == "num_stages" or (type(value) is int and value & (value - 1) == 0)
+                if type(value) is not int or value < 1 or not power:
+                    raise ValueError(f"{op}, {key}, {name}: must be a power of two, got {value!r}")
+        return table
+    except KeyError as error:
+        _warn(f"{path}: {error} is missing")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        _warn(f"{path}: {error}")
+    return {}
+
+
+@functools.cache  # once each, though a launch comes here thousands of times
+def _warn(what):
+    warnings.warn(
+        f"bert_fast: tuned configurations are not used, {what};"
+        " `python bench tune` writes the table anew",
+        stacklevel=3,
+    )
 
 
 def warps(elements):

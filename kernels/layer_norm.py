@@ -83,7 +83,8 @@ def _forward_kernel(
 def row_config(N):
     """A program holds its whole row."""
     BLOCK_N = triton.next_power_of_2(N)
-    return {"BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N)}
+    config = {"BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N)}
+    return launch.configuration("layer_norm", config, fixed=("BLOCK_N",), N=N)
 
 
 def _forward(y, x, weight, bias, residual, eps, num_tokens):
