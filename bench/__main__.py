@@ -1,9 +1,13 @@
 """Time the ops and the model against stock, in one interleaved run on the device that is there.
 
-    python bench ops                            every op of bert_fast.kernels.SPECS
+    python bench ops                            every op of bert_fast.kernels.SPECS, and products
     python bench model --only docstrings        some workloads of the model
     python bench all --output FILE.json         both, with a result file
-    python bench gpu                            the tests, then both, into bench/results/
+    python bench compare A.json B.json          what got slower, or wrong: exit status 1
+    python bench plots FILE.json                pictures
+    python bench readme                         the README's figures, from bench/results/
+    python bench tune                           launch configurations of this GPU
+    python bench gpu                            what `make gpu` runs, in parts
 """
 
 import os

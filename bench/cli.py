@@ -1,61 +1,39 @@
-"""The command line, and what `make gpu` runs."""
+"""The command line."""
 
 import argparse
-import importlib.util
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
+import comparison
+import gpu
+import plots
+import readme
 import torch
+import transformers
+import tune
+from lengths import LENGTHS
 from measure import ceilings, clock_of
-from model_workloads import models
+from model_workloads import SHAPES, models, workload
 from op_workloads import ops
-from results import Results, device_of, file_name, table
+from results import Results, device_of, table
 from rich.console import Console
 from rows import measure, skipped
+from sensors import Sensors
 
 from bert_fast import kernels
 
-ROOT = Path(__file__).resolve().parents[1]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PARTS = {"ops": (ops,), "model": (models,), "all": (ops, models), "gpu": (models, ops)}
-SECONDS = {ops: 1.0, models: 10.0}  # --seconds, where it is not given
-
-
-def main(description):
-    started = time.monotonic()
-    options = _options(description)
-    device = torch.device(options.device)
-    known = device_of(device)
-    path, budget = options.output, options.budget
-    if options.what == "gpu":
-        path = path or ROOT / "bench" / "results" / file_name(known)
-        budget = budget or 510.0
-    results = Results(path, known)
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    if options.what == "gpu":
-        results.add(tests=run_tests(budget / 2))
-        console.print(f"tests: {results.content['tests']['summary']}\n")
-
-    clock = clock_of(device)
-    if device.type == "cuda":
-        results.add(ceilings=ceilings(clock, device))
-    for workload, only, seconds in options.todo:
-        used = time.monotonic() - started
-        if budget and used > budget:
-            rows = skipped(workload, f"the budget of {budget:g} s is used up")
-        else:
-            in_haste = bool(budget) and used > budget / 2
-            rows = measure(workload, clock, seconds, results.content["ceilings"], only, in_haste)
-        results.add(rows=rows)
-        console.print(table(rows), "")
-    if path:
-        console.print(f"written to {path}")
-    wrong = any(row["status"] == "FAILED" for row in results.content["rows"])
-    return int(wrong or results.content.get("tests", {"returncode": 0})["returncode"] != 0)
+DTYPES = {
+    "float32": torch.float32, "tf32": torch.float32, "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}  # fmt: skip
+PARTS = {"ops": (ops,), "model": (models,), "all": (ops, models)}
+COMMANDS = {
+    "gpu": gpu, "tune": tune, "compare": comparison, "plots": plots, "readme": readme
+}  # fmt: skip
+SECONDS = {  # --seconds, where it is not given
+    "cpu": {ops: 1.0, models: 10.0}, "cuda": {ops: 0.5, models: 3.0},
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,70 +41,158 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"bench: {message}\n")
 
 
-def _options(description):
-    """The command line; todo is a list of (workload, names of contenders or None, seconds)."""
+def main(description):
     as_written = argparse.RawTextHelpFormatter
     parser = Parser("bench", description=description, formatter_class=as_written)
+    commands = parser.add_subparsers(dest="what", required=True, parser_class=Parser)
+    for name in PARTS:
+        told = "both" if len(PARTS[name]) > 1 else PARTS[name][0].__doc__.partition(";")[0]
+        _add_arguments(commands.add_parser(name, help=told))
+    for name, module in COMMANDS.items():
+        help = module.__doc__.partition("\n")[0]
+        module.add_arguments(
+            commands.add_parser(
+                name, help=help, description=module.__doc__, formatter_class=as_written
+            )
+        )
+    options = parser.parse_args()
+    if options.what in COMMANDS:
+        return COMMANDS[options.what].main(options, parser.error)
+
+    transformers.logging.set_verbosity_error()  # of the heads that a checkpoint has besides
+    transformers.logging.disable_progress_bar()
+    todo = _todo(options, parser.error)
+    device = torch.device(options.device)
+    results = Results(options.output, device_of(device))
+    dtypes = list(dict.fromkeys(item.precision for item, _, _ in todo))
+    passed = run(results, todo, device, dtypes, options.budget, quick=options.quick)
+    results.add(complete=True, passed=passed)
+    if options.output:
+        print(f"written to {options.output}")
+    return int(not passed)
+
+
+def run(results, todo, device, dtypes, budget=None, brief=False, hurried=False, quick=False):
+    """Measure todo, a list of (workload, names of contenders or None, seconds), into results.
+
+    budget   seconds after which nothing is started; None for as long as it takes
+    brief    a line for each workload in place of a table
+    hurried  whether what takes minutes to build is left out from the start, not from half of the
+             budget on
+    quick    whether the ceilings are left out
+
+    Returns whether no row is FAILED.
+    """
+    started = time.monotonic()
+    clock, sensors = clock_of(device), Sensors(device)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    say = (lambda rows: print(line(rows), flush=True)) if brief else (
+        lambda rows: console.print(table(rows), "")
+    )  # fmt: skip
+    if not quick and (not budget or budget > 1):
+        results.add(ceilings=ceilings(clock, device, dtypes))
+    for item, only, seconds in todo:
+        used = time.monotonic() - started
+        if budget and used > budget:
+            rows = skipped(item, f"the budget of {budget:g} s is used up")
+        else:
+            in_haste = hurried or (bool(budget) and used > budget / 2)
+            reached = results.content["ceilings"]
+            reached = reached and {"B": reached["B"], "C": reached["C"][item.precision]}
+            rows = measure(item, clock, seconds, reached, only, in_haste, sensors)
+        results.add(rows=rows)
+        if not brief or any(row["status"] != "skipped" for row in rows):
+            say(rows)
+    return all(row["status"] != "FAILED" for row in results.content["rows"])
+
+
+def line(rows):
+    """base squad-384 bfloat16: ours 2.61 x stock sdpa; best other FlashAttention 2.10; 1 FAILED"""
+    first = rows[0]
+    speeds = {row["contender"]: row["ratio_median"] for row in rows if row["ratio_median"]}
+    ours = speeds.pop("ours", None)
+    told = [f"{first['workload']} {first['dtype']}:"]
+    told.append(f"ours {ours:.2f} x {first['baseline']}" if ours else "ours has no speed")
+    if others := {name: x for name, x in speeds.items() if name != first["baseline"]}:
+        best = max(others, key=others.get)
+        told.append(f"; best other {best} {others[best]:.2f}")
+    for status in ("FAILED", "error", "skipped"):
+        if of := [row for row in rows if row["status"] == status]:
+            names = ", ".join(row["contender"] for row in of) if status != "skipped" else ""
+            told.append(f"; {len(of)} {status} {names}".rstrip())
+    for row in rows:
+        if row["status"] in ("FAILED", "error"):
+            told.append(f"\n    {row['contender']}: {row['reason']}")
+    return " ".join(told).replace(" ;", ";").replace(" \n", "\n")
+
+
+# -- what to measure ------------------------------------------------------------------------
+def _add_arguments(parser):
     gpu = torch.cuda.is_available()
-    parser.add_argument("what", choices=PARTS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--only", metavar="TEXT", default="", help="of a workload or contender")
-    parser.add_argument("--seconds", type=float, help="of rounds of each workload; 3 rounds at least")
+    parser.add_argument(
+        "--workload", metavar="NAME", action="append", default=[],
+        help='any size and lengths, as "base full-128x8" or "train large squad-384"',
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, help="of rounds of a workload; 3 rounds at least")
     parser.add_argument("--budget", metavar="SECONDS", type=float, help="start nothing after it")
     parser.add_argument("--output", metavar="FILE.json", type=Path)
-    options = parser.parse_args()
 
-    if options.device == "cuda" and not gpu:
-        parser.error("--device cuda: torch finds no GPU here")
-    if reason := kernels.missing(options.device):
-        parser.error(reason)
 
-    workloads = [
-        (workload, options.seconds or SECONDS[part] / (10 if options.quick else 1))
-        for part in PARTS[options.what]
-        for dtype in options.dtype or ["bfloat16" if options.device == "cuda" else "float32"]
-        for workload in part(DTYPES[dtype], torch.device(options.device), options.quick)
+def workloads(what, dtypes, device, quick, seconds=None):
+    """The planned ones: [(workload, None, seconds)]."""
+    return [
+        (item, None, seconds or SECONDS[device.type][part] / (10 if quick else 1))
+        for part in PARTS[what]
+        for dtype in dtypes
+        for item in part(DTYPES[dtype], device, quick, tf32=dtype == "tf32")
     ]
-    options.todo = []
-    for workload, seconds in workloads:
-        names = [c.name for c in workload.contenders if options.only in c.name]
-        if options.only in workload.name:
-            options.todo.append((workload, None, seconds))
+
+
+def _todo(options, fail):
+    """What the command line asks for, as run takes it."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no GPU here")
+    if reason := kernels.missing(options.device):
+        fail(reason)
+    if options.device == "cpu" and "tf32" in (options.dtype or ()):
+        fail("--dtype tf32: only a GPU multiplies in TF32")
+    device = torch.device(options.device)
+    dtypes = options.dtype or ["bfloat16" if options.device == "cuda" else "float32"]
+    if options.workload:
+        seconds = options.seconds or SECONDS[device.type][models] / (10 if options.quick else 1)
+        found = [
+            (_named(name, dtype, device, options.quick, fail), None, seconds)
+            for dtype in dtypes
+            for name in options.workload
+        ]
+    else:
+        found = workloads(options.what, dtypes, device, options.quick, options.seconds)
+    todo = []
+    for item, _, seconds in found:
+        names = [c.name for c in item.contenders if options.only in c.name]
+        if options.only in item.name:
+            todo.append((item, None, seconds))
         elif names:
-            options.todo.append((workload, names, seconds))
-    if not options.todo:
-        known = dict.fromkeys(w.name.partition("(")[0] for w, _ in workloads)
-        known |= dict.fromkeys(c.name for w, _ in workloads for c in w.contenders)
-        parser.error(f"--only {options.only}: no such name; there are {', '.join(known)}")
+            todo.append((item, names, seconds))
+    if not todo:
+        known = dict.fromkeys(w.name.partition("(")[0] for w, _, _ in found)
+        known |= dict.fromkeys(c.name for w, _, _ in found for c in w.contenders)
+        fail(f"--only {options.only}: no such name; there are {', '.join(known)}")
     if kernels.backend(options.device) == "interpreter":
-        parser.error("TRITON_INTERPRET is set, and the interpreter's speed says nothing; unset it")
-    return options
+        fail("TRITON_INTERPRET is set, and the interpreter's speed says nothing; unset it")
+    return todo
 
 
-def run_tests(seconds):
-    """The test suite in a process of its own; on a GPU that is the real kernels."""
-    command = [sys.executable, "-m", "pytest", "tests", "-q", "--tb=line", "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels
-        command += ["-n", "8"]
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    started = time.monotonic()
-    with tempfile.TemporaryFile("w+") as log:  # a pipe would outlive pytest in processes it leaves
-        try:
-            returncode = subprocess.run(
-                command, cwd=ROOT, env={**env, "PYTHONSAFEPATH": "1"}, timeout=seconds,
-                stdout=log, stderr=subprocess.STDOUT, check=False,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            returncode = None
-        log.seek(0)
-        lines = log.read().splitlines()
-    if returncode is None:
-        lines.append(f"killed after {seconds:g} s")
-    return {
-        "returncode": returncode,
-        "seconds": time.monotonic() - started,
-        "summary": lines[-1],
-        "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))][:40],
-    }
+def _named(name, dtype, device, quick, fail):
+    try:
+        return workload(name, DTYPES[dtype], device, quick, tf32=dtype == "tf32")
+    except (KeyError, ValueError):
+        fail(
+            f"--workload {name}: must be a size and lengths, with or without train before it, or"
+            f" encode docstrings; sizes are {', '.join(SHAPES)}, lengths {', '.join(LENGTHS)}, each"
+            " with x1, x2, ... sequences behind"
+        )

@@ -1,11 +1,14 @@
 """Callables timed in turns, so that what disturbs the machine disturbs them all alike."""
 
+import gc
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from bert_fast.kernels import linear
 
 GRAPHED = 50e-6  # seconds; on a GPU, shorter calls are timed as the replay of a CUDA graph
 LEAST, MOST = 3, 60  # rounds
@@ -23,10 +26,13 @@ def noted(failures, name):
     except Skip as skip:
         failures[name] = "skipped", str(skip)
     except Exception as error:  # of any kind: what a contender throws is a result too
-        failures[name] = "error", _one_line(error)
+        failures[name] = "error", one_line(error)
+    if name in failures and torch.cuda.is_initialized():
+        gc.collect()  # the others get the memory that this one ran out of
+        torch.cuda.empty_cache()
 
 
-def _one_line(error):
+def one_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -42,17 +48,27 @@ class CpuClock:
     def launched(self, run, seconds):
         return run, None
 
+    def stream(self):
+        return nullcontext()
+
 
 class CudaClock:
     """Time between events before and after a call, with none of its inputs in the L2 cache.
 
     Emptying the cache keeps the GPU busy for some 30 us, in which the host gets ahead: launching
     shows only where it takes longer than the work.
+
+    All work is on one stream, not the default one: a backward is captured on that of its forward.
     """
 
     def __init__(self, device):
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.flushed = torch.empty(size, dtype=torch.int8, device=device)
+        self._stream = torch.cuda.Stream(device)
+
+    def stream(self):
+        self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))
+        return torch.cuda.stream(self._stream)
 
     def __call__(self, run):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -70,10 +86,13 @@ class CudaClock:
         graph = torch.cuda.CUDAGraph()
         try:
             # The outer stream is current again even where ending a broken capture raises.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, stream=self._stream),
+            ):
                 run()
         except RuntimeError as error:
-            return run, f"plain launches, capture failed: {_one_line(error)}"
+            return run, f"plain launches, capture failed: {one_line(error)}"
         return graph.replay, "CUDA graph"
 
 
@@ -99,7 +118,19 @@ class Timing:
     def interval(self):
         """Bootstrap 95 % interval of the median."""
         draws = np.random.default_rng(0).choice(self.samples, (2000, len(self.samples)))
-        return tuple(np.percentile(np.median(draws, axis=1), (2.5, 97.5)).tolist())
+        return _middle(np.median(draws, axis=1))
+
+    def ratio_interval(self, base):
+        """The same of base.median / self.median, the rounds being drawn for both at once: what
+        slowed a whole round down slowed both."""
+        rounds = min(len(self.samples), len(base.samples))
+        draws = np.random.default_rng(0).integers(rounds, size=(2000, rounds))
+        ours, theirs = (np.median(np.array(t.samples)[draws], axis=1) for t in (self, base))
+        return _middle(theirs / ours)
+
+
+def _middle(values):
+    return tuple(np.percentile(values, (2.5, 97.5)).tolist())
 
 
 def warm_up(run, clock, seconds):
@@ -136,15 +167,48 @@ def interleave(runs, clock, seconds, failures):
     return {n: Timing(tuple(samples[n]), launched[n][1]) for n in names if n not in failures}
 
 
-def ceilings(clock, device):
-    """What this device reaches in this run: C, FLOP/s of a bf16 product of 8192 x 8192 matrices,
-    and B, bytes/s read and written by a copy of 1 GiB."""
-    a, b, c = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=device) for _ in range(3))
-    x, y = (torch.zeros(2**30, dtype=torch.int8, device=device) for _ in range(2))
-    work = {"C": 2 * 8192**3, "B": 2 * x.nbytes}
-    runs = {"C": lambda: torch.mm(a, b, out=c), "B": lambda: y.copy_(x)}
+CEILING_SIZES = {"cuda": (8192, 2**30), "cpu": (2048, 2**28)}  # of a matrix; bytes of a copy
+
+
+def ceilings(clock, device, dtypes, sizes=None):
+    """What this device reaches in this run: {"B": bytes/s, "C": {dtype: FLOP/s}}.
+
+    B  read and written by a copy: of 1 GiB, on a CPU of 256 MiB
+    C  a product of two 8192 x 8192 matrices, on a CPU 2048 x 2048, in each of dtypes
+
+    dtypes  names: "float32", "tf32", "float16", "bfloat16"
+
+    Raises RuntimeError if one of them cannot be measured.
+    """
+    n, size = sizes or CEILING_SIZES[device.type]
+    products = [lambda: torch.mm(a, b, out=c)]
+    if device.type == "cpu":
+        products.append(lambda: linear(a, b))  # oneDNN: on AMD, torch's MKL reaches half
+    x, y = (torch.zeros(size, dtype=torch.int8, device=device) for _ in range(2))
+    reached = {"B": 2 * size / _median(lambda: y.copy_(x), clock), "C": {}}
+    for name in dtypes:
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+        # Not zeros, on which a GPU is faster than on any data
+        a, b, c = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))
+        with tf32(name == "tf32"):
+            reached["C"][name] = 2 * n**3 / min(_median(product, clock) for product in products)
+    return reached
+
+
+def _median(run, clock, seconds=0.3):
     failures = {}
-    timings = interleave(runs, clock, 0.5, failures)
+    timings = interleave({"it": run}, clock, seconds, failures)
     if failures:
-        raise RuntimeError(f"bench: no ceilings: {failures}")
-    return {name: work[name] / timings[name].median for name in work}
+        raise RuntimeError(f"bench: no ceilings: {failures['it'][1]}")
+    return timings["it"].median
+
+
+@contextmanager
+def tf32(allowed):
+    """Whether fp32 products may be TF32 inside, for torch and for the kernels, which ask it."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

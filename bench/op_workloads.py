@@ -1,41 +1,117 @@
-"""The ops: each case of each Spec against the definition and what torch itself offers."""
+"""The ops, forward and backward: each case of each Spec, and the products of a layer, against the
+definition and what torch and others offer."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
+from lengths import lengths_of
+from op_peers import BASELINES, OTHERS
 from workloads import Contender, Problem, Workload
 
-from bert_fast.kernels import SPECS
+from bert_fast.kernels import SPECS, linear
 
 
-def ops(dtype, device, quick):
-    """A workload for each bench case of each op; the first case alone if quick."""
-    return [
-        Workload(
-            name=spec.label(case),
-            dtype=dtype,
-            contenders=(DEFINITION, *PEERS.get(spec.name, ()), OURS),
-            baseline=(DEFINITION, *PEERS.get(spec.name, ()))[-1].name,
-            prepare=partial(_op_problem, spec, case, dtype, device),
-        )
-        for spec in SPECS
-        for case in spec.bench[: 1 if quick else None]
-    ]
+# -- products, which no Spec declares -------------------------------------------------------
+def _linear_ref(x, weight, bias, activation=None):
+    y = x @ weight.T + bias
+    return torch.nn.functional.gelu(y) if activation else y
 
 
-def _op_problem(spec, case, dtype, device):
+def _linear_inputs(dtype, device, T, K, N, activation=None):
+    return {
+        "x": torch.randn(T, K, device=device).to(dtype),
+        "weight": (torch.randn(N, K, device=device) * K**-0.5).to(dtype),
+        "bias": torch.randn(N, device=device).to(dtype),
+        "activation": activation,
+    }
+
+
+def _linear_cost(itemsize, T, K, N, **_):
+    return 2 * T * K * N, (T * (K + N) + N * K + N) * itemsize
+
+
+@dataclass(frozen=True)
+class Product:
+    """What Spec says of an op, for the products of one size of BERT."""
+
+    name: str
+    bench: tuple
+    cases: tuple
+    fn: Callable = linear
+    ref: Callable = _linear_ref
+    inputs: Callable = _linear_inputs
+    cost: Callable = _linear_cost
+
+    def label(self, case):
+        sizes = f"T={case['T']}, {case['K']} to {case['N']}"
+        return f"linear {self.name}({sizes}{', gelu' if 'activation' in case else ''})"
+
+
+def _products(name, H, T):
+    """Of a layer: q, k and v at once; out; both of the feed-forward."""
+    sizes = ({"K": H, "N": 3 * H}, {"K": H, "N": H}, {"K": H, "N": 4 * H, "activation": "gelu"},
+             {"K": 4 * H, "N": H})  # fmt: skip
+    small = {"T": 64, **sizes[2]}
+    return Product(name, tuple({"T": t, **size} for t in T for size in sizes), (small,))
+
+
+PRODUCTS = {
+    "cuda": (_products("base", 768, (16384, 128)), _products("large", 1024, (16384, 128))),
+    "cpu": (_products("base", 768, (1024, 128)), _products("large", 1024, (1024, 128))),
+}
+MORE = {  # cases beside a Spec's
+    "attention": tuple(
+        {"lengths": tuple(lengths.tolist()), "heads": 12, "D": 64}
+        for name in ("squad-384", "wikipedia-512", "full-256", "full-384")
+        for lengths in lengths_of(name).draw(1, 32)
+    ),
+}
+
+
+# -- workloads ------------------------------------------------------------------------------
+DIFFERENTIATED = 4  # cases of an op
+
+
+def ops(dtype, device, quick, tf32=False):
+    """A workload for each bench case of each op; if quick, for the first case alone.
+
+    For the first few cases of an op that has gradients, their backward too.
+    """
+    found = []
+    for spec in (*SPECS, *PRODUCTS[device.type]):
+        op = "linear" if isinstance(spec, Product) else spec.name
+        cases = (*spec.bench, *MORE.get(op, ()))
+        for n, case in enumerate(cases[: 1 if quick else None]):
+            found.append(_workload(op, spec, case, dtype, device, tf32))
+            if n < DIFFERENTIATED and _differentiable(spec):
+                found.append(_workload(op, spec, case, dtype, device, tf32, backward=True))
+    return found
+
+
+def _workload(op, spec, case, dtype, device, tf32, backward=False):
+    baseline = BASELINES.get(op, DEFINITION)
+    contenders = tuple(dict.fromkeys((DEFINITION, baseline, *OTHERS.get(op, ()), OURS)))
+    return Workload(
+        name=spec.label(case) + (" backward" if backward else ""),
+        dtype=dtype,
+        contenders=tuple(map(_backward, contenders)) if backward else contenders,
+        baseline=baseline.name,
+        prepare=partial(_backward_problem if backward else _problem, spec, case, dtype, device),
+        kind="backward" if backward else "op",
+        tf32=tf32,
+    )
+
+
+def _problem(spec, case, dtype, device):
     torch.manual_seed(0)
     flops, moved = spec.cost(8, **case)
     small = flops <= 2e10 and moved <= 2**29  # of fp64, a few seconds and 2 GB with temporaries
     timed = spec.inputs(dtype, device, **case)
     checked = timed if small else spec.inputs(dtype, device, **spec.cases[0])
-    truth = _tensors(spec.ref(**{
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in checked.items()
-    }))  # fmt: skip
-    peak = max((t.abs().max().item() for t in truth if t.is_floating_point()), default=0.0)
+    truth = _tensors(spec.ref(**_exact(checked)))
+    peak = max((_peak(t) for t in truth if t.is_floating_point()), default=0.0)
     flops, moved = spec.cost(dtype.itemsize, **case)
     return Problem(
         subject=spec,
@@ -46,6 +122,17 @@ def _op_problem(spec, case, dtype, device):
         gate=partial(_op_gate, ulp=torch.finfo(dtype).eps * peak),
         work={"C": flops, "B": moved},
     )
+
+
+def _exact(inputs):
+    return {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+
+
+def _peak(t):
+    return t.abs().max().item() if t.numel() else 0.0
 
 
 def _tensors(result, inputs=None):
@@ -73,85 +160,78 @@ OURS = Contender(
 )
 
 
-def _padded_sdpa(q, k, v, cu_seqlens, max_seqlen, causal, scale):
-    lengths = cu_seqlens.diff()
-    q, k, v = (
-        pad_sequence(t.split(lengths.tolist()), batch_first=True).transpose(1, 2) for t in (q, k, v)
+# -- backward -------------------------------------------------------------------------------
+PRODUCTS_OF_BACKWARD = 2.5  # times those of forward: attention's five to two; linear has 2
+
+
+def _leaves(inputs):
+    return [t for t in inputs.values() if torch.is_tensor(t) and t.is_floating_point()]
+
+
+def _differentiable(spec):
+    return bool(_leaves(spec.inputs(torch.float32, "cpu", **spec.cases[0])))
+
+
+def _leaf(value):
+    floating = torch.is_tensor(value) and value.is_floating_point()
+    return value.detach().requires_grad_() if floating else value
+
+
+def _gradient_of(y, dtype):
+    """The same numbers for every contender, and in fp64: normal, rounded to dtype."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(y.shape, generator=generator).to(dtype).to(y.device, y.dtype)
+
+
+def _backward(contender):
+    """The contender's gradients, from a forward that is done before the clock starts."""
+
+    def build(problem):
+        bind = contender.build(problem)
+
+        def bind_backward(inputs):
+            inputs = {k: _leaf(v) for k, v in inputs.items()}
+            run = bind(inputs)
+            leaves = getattr(run, "leaves", None) or _leaves(inputs)
+            with torch.enable_grad():
+                y = run()
+                packed = contender.collect(y, inputs)[0]
+                dy = _gradient_of(packed, _leaves(problem.timed)[0].dtype)
+                # the gradient of y in its own layout
+                (dy,) = torch.autograd.grad(packed, y, dy, retain_graph=True)
+            return lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True, allow_unused=True)
+
+        bind_backward.implementation = getattr(bind, "implementation", None)
+        return bind_backward
+
+    def collect(gradients, inputs):
+        like = _leaves(inputs)
+        return [
+            torch.zeros_like(t) if g is None else contender.collect(g, inputs)[0]
+            if g.shape != t.shape else g
+            for g, t in zip(gradients, like, strict=True)
+        ]  # fmt: skip
+
+    return Contender(contender.name, build, collect, contender.gated, contender.slow)
+
+
+def _backward_problem(spec, case, dtype, device):
+    problem = _problem(spec, case, dtype, device)
+    exact = _backward(DEFINITION)
+    run = exact.build(problem)(_exact(problem.checked))
+    truth = exact.collect(run(), _exact(problem.checked))
+    inputs = _leaves(problem.timed)
+    y = _tensors(spec.fn(**problem.timed))[0]
+    return Problem(
+        subject=spec,
+        timed=problem.timed,
+        checked=problem.checked,
+        checked_on=problem.checked_on,
+        truth=truth,
+        gate=partial(_op_gate, ulp=torch.finfo(dtype).eps),
+        work={
+            "C": PRODUCTS_OF_BACKWARD * problem.work["C"],
+            "B": 2 * sum(t.nbytes for t in inputs) + y.nbytes,  # each read, and its gradient
+        },
+        unit=[_peak(t) or 1.0 for t in truth],
     )
-    valid = torch.arange(max_seqlen, device=q.device) < lengths[:, None]  # [B, S]
-    # Padding is at the end, where a causal query sees none of it.
-    mask = None if causal or valid.all() else valid[:, None, None]
-    return lambda: F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
-
-
-def _unpadded(o, cu_seqlens, max_seqlen, **_):
-    valid = torch.arange(max_seqlen, device=o.device) < cu_seqlens.diff()[:, None]
-    return [o.transpose(1, 2)[valid]]
-
-
-def _padded_embedding(
-    input_ids, word, position, token_type, weight, bias, token_type_ids, position_ids, **_
-):
-    def run():
-        h = F.embedding(input_ids, word) + F.embedding(token_type_ids, token_type)
-        h = h + F.embedding(position_ids, position)
-        return F.layer_norm(h, weight.shape, weight, bias, 1e-12)
-
-    return run
-
-
-def _taken(y, row_index, **_):
-    y = y.flatten(0, 1)
-    return [y if row_index is None else y[row_index]]
-
-
-def _nonzero(attention_mask):
-    def run():
-        row_index = attention_mask.flatten().nonzero().flatten()
-        packed_row = torch.full_like(attention_mask, -1)
-        packed_row.view(-1)[row_index] = torch.arange(len(row_index), device=row_index.device)
-        cu_seqlens = F.pad(attention_mask.sum(1).cumsum(0), (1, 0))
-        return row_index, packed_row, cu_seqlens
-
-    return run
-
-
-def _filled(result, attention_mask):
-    row_index, packed_row, cu_seqlens = result
-    return [F.pad(row_index, (0, attention_mask.numel() - len(row_index))), packed_row, cu_seqlens]
-
-
-def _indexed(x, packed_row):
-    row_index = (packed_row >= 0).flatten().nonzero().flatten()
-
-    def run():
-        out = x.new_zeros(packed_row.numel(), x.shape[1])
-        out[row_index] = x
-        return out.view(*packed_row.shape, -1)
-
-    return run
-
-
-def _peer(name, bind, collect=lambda result, **_: [result]):
-    return Contender(
-        name,
-        lambda problem: lambda inputs: bind(**inputs),
-        lambda result, inputs: collect(result, **inputs),
-    )
-
-
-PEERS = {  # what one would write with torch alone, the last of an op being its baseline
-    "attention": (_peer("padded sdpa", _padded_sdpa, _unpadded),),
-    "layer_norm": (
-        _peer(
-            "F.layer_norm",
-            lambda x, weight, bias, residual, eps: lambda: F.layer_norm(
-                x + residual, weight.shape, weight, bias, eps
-            ),
-        ),
-    ),
-    "gelu": (_peer("F.gelu", lambda x, bias: lambda: F.gelu(x + bias)),),
-    "embedding": (_peer("padded F.embedding", _padded_embedding, _taken),),
-    "pack": (_peer("nonzero", _nonzero, _filled),),
-    "unpack": (_peer("index_put", _indexed),),
-}

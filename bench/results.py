@@ -10,21 +10,29 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from result_schema import check
 from rich.table import Table
+from sensors import Sensors
 
 from bert_fast.kernels import backend
+from bert_fast.kernels.launch import slug
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("bert_fast", "torch", "triton", "transformers", "onnxruntime", "numpy")
+PACKAGES = (
+    "bert_fast", "torch", "triton", "transformers", "onnxruntime", "numpy", "flash-attn",
+    "sentence-transformers", "liger-kernel",
+)  # fmt: skip
 
 
 class Results:
-    """One run: a file, if path is given, that is whole after each part."""
+    """One run: a file, if path is given, that is whole and valid after each workload."""
 
-    def __init__(self, path, known):
+    def __init__(self, path, known, part="bench"):
         self.path = path
         self.content = {
-            "schema": 1,
+            "schema": 2,
+            "part": part,
+            "complete": False,
             "device": known,
             "versions": versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -35,6 +43,7 @@ class Results:
         self.write()
 
     def write(self):
+        check(self.content)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(".part")
@@ -60,13 +69,15 @@ def device_of(device):
         "load": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }
     if device.type == "cuda":
-        of = torch.cuda.get_device_properties(device)
+        of, sensors = torch.cuda.get_device_properties(device), Sensors(device)
         known |= {
             "name": of.name,
             "cpu": known["name"],
             "capability": f"{of.major}.{of.minor}",
             "memory": of.total_memory,
             "multiprocessors": of.multi_processor_count,
+            "sensors": sensors.reason,
+            "driver": sensors.driver(),
         }
     return known
 
@@ -80,11 +91,10 @@ def _cpu_name():
     return names[0] if names else platform.machine()
 
 
-def file_name(known):
-    """nvidia-h200-2026-01-31.json"""
+def file_name(known, part="bench"):
+    """nvidia-h200-2026-01-31.json, with the part behind it if that is not the benchmark"""
     name = known["name"] if known["type"] == "cuda" else f"cpu {known['name']}"
-    slug = "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-    return f"{slug}-{date.today()}.json"
+    return f"{slug(name)}-{date.today()}{'' if part == 'bench' else f'-{part}'}.json"
 
 
 def versions():
@@ -123,7 +133,8 @@ def table(rows):
     )
     grid.add_column("contender", no_wrap=True)
     for heading in (
-        "ms", "95 % interval", "x median", "x min", "valid tokens/s", "share", "max error", "RMS"
+        "ms", "95 % interval", "x median", "x min", "valid tokens/s", "share", "MB", "mJ",
+        "max error", "RMS",
     ):  # fmt: skip
         grid.add_column(heading, justify="right", no_wrap=True)
     grid.add_column("status", overflow="fold")
@@ -143,13 +154,19 @@ def _cells(row):
         row["ratio_min"] and f"{row['ratio_min']:.2f}",
         row["valid_tokens_per_s"] and f"{row['valid_tokens_per_s']:,.0f}",
         row["share"] and f"{row['share']:.2f} {row['share_of']}",
+        _in(row["peak_bytes"], 1e-6),
+        _in(row["energy_j"], 1e3),
         error and f"{error['max']:.1e}",
         error and f"{error['rms']:.1e}",
     )
 
 
+def _in(value, units):
+    return None if value is None else f"{value * units:.3g}"
+
+
 def _status(row):
-    told = [row["status"], row["reason"]]
+    told = [row["status"], row["reason"], row["implementation"]]
     if row["added_us_per_layer"] is not None:
         told.append(f"{row['us_per_layer']:.0f} us a layer, {row['added_us_per_layer']:+.0f}")
     return ", ".join(filter(None, told))

@@ -1,29 +1,29 @@
 """One workload measured: a row for each contender, whatever became of it."""
 
+from collections import defaultdict
+
 import torch
-from measure import Skip, interleave, noted
-
-ROW = (
-    "workload", "lengths", "fill", "dtype", "contender", "baseline", "rounds", "median_s", "min_s",
-    "ci", "ratio_median", "ratio_min", "valid_tokens_per_s", "share", "share_of", "us_per_layer",
-    "added_us_per_layer", "error", "baseline_error", "error_on", "status", "reason",
-)  # fmt: skip
+from measure import Skip, interleave, noted, tf32
+from result_schema import ROW
 
 
-def measure(workload, clock, seconds, ceilings=None, only=None, in_haste=False):
+def measure(
+    workload, clock, seconds, ceilings=None, only=None, in_haste=False, sensors=None
+):  # fmt: skip
     """The rows of workload: dicts with the keys ROW, None where there is nothing to say.
 
     seconds   that its rounds take, without building and checking
-    ceilings  as measure.ceilings tells them; None on a CPU
+    ceilings  {"C": FLOP/s in its dtype, "B": bytes/s}; None where they are not known
     only      names of the contenders that take part beside the baseline; None for all
     in_haste  whether to leave out those that take minutes to build
+    sensors   a Sensors, or None
     """
     contenders = [
         c for c in workload.contenders
         if only is None or c.name in only or c.name == workload.baseline
     ]  # fmt: skip
-    failures, errors, runs = {}, {}, {}
-    with torch.no_grad():
+    failures, errors, runs, found = {}, {}, {}, defaultdict(dict)
+    with torch.no_grad(), tf32(workload.tf32), clock.stream():
         with noted(failures, "inputs"):
             problem = workload.prepare()
         if failures:
@@ -33,20 +33,34 @@ def measure(workload, clock, seconds, ceilings=None, only=None, in_haste=False):
                 if in_haste and c.slow:
                     raise Skip("takes minutes to build, and half of the budget is used up")
                 bind = c.build(problem)
+                found[c.name]["implementation"] = getattr(bind, "implementation", None)
                 result = c.collect(bind(problem.checked)(), problem.checked)
                 errors[c.name] = error_of(result, problem.truth, problem.unit)
+                del result
                 runs[c.name] = bind(problem.timed)
+                found[c.name]["peak_bytes"] = sensors and sensors.peak_bytes(runs[c.name])
+        before = sensors and sensors.read()
         timings = interleave(runs, clock, seconds, failures)
+        seen = sensors and {"before": before, "after": sensors.read()}
+        for name, timing in timings.items() if sensors else ():
+            with noted({}, name):  # its times stand
+                energy = sensors.energy_of(runs[name], timing.median, problem.energy_s)
+                found[name]["energy_j"] = energy
 
     rows = []
     base, base_error = timings.get(workload.baseline), errors.get(workload.baseline)
     for c in contenders:
         row = _row(workload, c, *failures.get(c.name, ("ok", None)))
         row |= {
+            "sequences": problem.sequences,
+            "padded_to": problem.padded_to,
             "fill": problem.fill,
+            "flops": problem.work["C"],
+            "bytes": problem.work["B"],
             "error": errors.get(c.name),
             "baseline_error": base_error,
             "error_on": problem.checked_on,
+            **found[c.name],
         }
         if timing := timings.get(c.name):
             row |= {
@@ -54,6 +68,7 @@ def measure(workload, clock, seconds, ceilings=None, only=None, in_haste=False):
                 "median_s": timing.median,
                 "min_s": timing.min,
                 "ci": timing.interval,
+                "sensors": seen,
                 "reason": timing.note,
             }
             if c.gated and base_error and (wrong := problem.gate(row["error"], base_error)):
@@ -70,11 +85,16 @@ def skipped(workload, reason):
 
 
 def error_of(result, truth, unit=1.0):
-    """{"max", "rms"} of what the tensors of result differ from those of truth, in fp64 and units."""
-    for r, t in zip(result, truth, strict=True):
+    """{"max", "rms"} of what the tensors of result differ from those of truth, in fp64 and units.
+
+    unit  a number, a tensor that broadcasts against each tensor of truth, or a list: one for each
+    """
+    units = unit if isinstance(unit, list) else [unit] * len(truth)
+    apart = []
+    for r, t, u in zip(result, truth, units, strict=True):
         if r.shape != t.shape:
             raise ValueError(f"result is {list(r.shape)}, the definition's {list(t.shape)}")
-    apart = [((r.double() - t) / unit).flatten() for r, t in zip(result, truth, strict=True)]
+        apart.append(((r.double() - t) / u).flatten())
     apart = torch.cat(apart)
     if not apart.isfinite().all():
         raise ValueError("result is not finite")
@@ -85,8 +105,9 @@ def _row(workload, contender, status, reason):
     return {
         **dict.fromkeys(ROW),
         "workload": workload.name,
+        "kind": workload.kind,
         "lengths": workload.lengths,
-        "dtype": str(workload.dtype).removeprefix("torch."),
+        "dtype": workload.precision,
         "contender": contender.name,
         "baseline": workload.baseline,
         "status": status,
@@ -103,6 +124,7 @@ def _speed(timing, base, problem, ceilings):
     if base:
         speed["ratio_median"] = base.median / timing.median
         speed["ratio_min"] = base.min / timing.min
+        speed["ratio_ci"] = timing.ratio_interval(base)
         if problem.layers:
             added = timing.median - base.median
             speed["added_us_per_layer"] = added / problem.layers * 1e6

@@ -5,6 +5,8 @@ A contender is built once for a problem, then bound to inputs; what is bound is 
     bind = contender.build(problem)         a copy of the model, compiled, exported, ...
     run = bind(problem.timed)               inputs in the layout that suits it
     run()                                   what the clock sees
+
+`bind.implementation`, where there is one, says in a word whose code that is.
 """
 
 from collections.abc import Callable
@@ -31,6 +33,13 @@ class Workload:
     baseline: str  # name of the contender that ratios and errors are compared with
     prepare: Callable  # () -> Problem; nothing is allocated before
     lengths: str | None = None  # name of the distribution of sequence lengths
+    kind: str = "op"  # or backward, inference, training, encode
+    tf32: bool = False  # whether products of fp32 may be TF32
+
+    @property
+    def precision(self):
+        """float32, tf32, float16 or bfloat16"""
+        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,11 @@ class Problem:
     truth: list  # fp64 tensors: the definition's result on `checked`
     gate: Callable  # (error, error of the baseline) -> why that is too much, or None
     work: dict  # {"C": FLOP, "B": bytes} of a run
-    unit: Any = 1.0  # of errors: a number, or a tensor that broadcasts against `truth`
+    unit: Any = 1.0  # of errors, as rows.error_of takes it
+    sequences: int | None = None  # of each batch
+    padded_to: int | None = None  # positions of a sequence, where all of them have as many
     tokens: int | None = None  # valid ones, of a run
     fill: float | None = None  # valid ones / positions
     static: bool = True  # one shape in all of `timed` and `checked`
     layers: int | None = None  # where the time of a layer is the question
+    energy_s: float = 0.0  # of calls back to back that a reading of energy is worth

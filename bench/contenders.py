@@ -1,0 +1,276 @@
+"""What the models are run with: stock in every form that people use, and ours."""
+
+import copy
+import importlib.util
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from measure import Skip
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from workloads import Contender
+
+import bert_fast
+
+BACKENDS = {  # of F.scaled_dot_product_attention, and the devices that have them
+    "math": (SDPBackend.MATH, ("cpu", "cuda")),
+    "flash": (SDPBackend.FLASH_ATTENTION, ("cpu", "cuda")),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, ("cuda",)),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, ("cuda",)),
+}
+
+
+def needs(*packages):
+    """Raise Skip unless all are installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise Skip(f"{package} is not installed")
+
+
+def forced(backend, device, run):
+    """run with one backend of sdpa alone. Raises Skip where that does not take these inputs."""
+    choice, devices = BACKENDS[backend]
+    if device.type not in devices:
+        raise Skip(f"sdpa has no {backend} backend on {device.type}")
+
+    def forced_run(*args, **kwargs):
+        try:
+            with sdpa_kernel(choice):
+                return run(*args, **kwargs)
+        except RuntimeError as error:
+            if "No available kernel" in str(error) or "No viable backend" in str(error):
+                raise Skip(f"sdpa's {backend} backend does not take these inputs") from None
+            raise
+
+    return forced_run
+
+
+def varlen_kernel(device, dtype):
+    """FlashAttention's kernel for packed sequences, and a word on whose build it is.
+
+    kernel(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen) takes and returns [T, heads, D].
+    """
+    if device.type != "cuda":
+        raise Skip("FlashAttention runs on a GPU alone")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise Skip("FlashAttention takes fp16 and bf16 alone")
+    if importlib.util.find_spec("flash_attn"):
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func, f"flash-attn {metadata.version('flash_attn')}"
+    needs("torch.nn.attention.varlen")
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, f"torch.nn.attention.varlen of torch {torch.__version__}"
+
+
+# -- forwards: batch -> hidden states [B, S, H] ---------------------------------------------
+def stock(problem, implementation):
+    """A copy of the model on one of transformers' attention implementations."""
+    model = copy.deepcopy(problem.subject)
+    model.set_attn_implementation(implementation)
+    return model
+
+
+def _hidden(model):
+    def forward(**batch):
+        return model(**batch).last_hidden_state
+
+    forward.model = model  # whose parameters a training step changes
+    return forward
+
+
+def _eager(problem):
+    return _hidden(stock(problem, "eager"))
+
+
+def _sdpa(problem):
+    return _hidden(stock(problem, "sdpa"))
+
+
+def _forced_sdpa(backend, problem):
+    return forced(backend, problem.subject.device, _sdpa(problem))
+
+
+def _flex(problem):
+    """FlexAttention, which skips the blocks of keys that are all padding."""
+    return _hidden(stock(problem, "flex_attention"))
+
+
+def _unpadded(problem):
+    """Stock without padding, from the embedding to the last layer, on FlashAttention."""
+    return unpadded(problem, *varlen_kernel(problem.subject.device, problem.subject.dtype))
+
+
+def unpadded(problem, kernel, implementation):
+    """The model on tokens alone; finding them, and putting padding back, are part of a call."""
+
+    def attend(module, q, k, v, mask, *, cu_seq_lens_q, max_length_q, **_):
+        q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # [T, heads, D]
+        o = kernel(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        return o[None], None
+
+    # A name without "flash", to which transformers would add checks of its own.
+    ALL_ATTENTION_FUNCTIONS.register("bench_packed", attend)
+    model = stock(problem, "bench_packed")
+
+    def forward(input_ids, attention_mask):
+        lengths = attention_mask.sum(1)
+        rows = attention_mask.flatten().nonzero().flatten()
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = model(
+            input_ids=input_ids.flatten()[rows][None],
+            position_ids=positions.expand_as(input_ids).flatten()[rows][None],
+            cu_seq_lens_q=cu_seqlens,
+            max_length_q=int(lengths.max()),
+        ).last_hidden_state[0]
+        padded = hidden.new_zeros(input_ids.numel(), hidden.shape[1])
+        padded[rows] = hidden
+        return padded.view(*input_ids.shape, -1)
+
+    forward.implementation, forward.model = implementation, model
+    return forward
+
+
+def _compiled(problem, mode=None):
+    on_gpu = problem.subject.device.type == "cuda"
+    if mode and not on_gpu:
+        raise Skip(f"{mode} is for GPUs")
+    torch.compiler.reset()  # or the eighth model would hit the limit on recompiling one forward
+    model = torch.compile(
+        stock(problem, "sdpa"), fullgraph=True, dynamic=not problem.static, mode=mode
+    )
+
+    def forward(**batch):
+        torch.compiler.cudagraph_mark_step_begin()  # the results of earlier batches may go
+        return model(**batch).last_hidden_state
+
+    forward.model = model
+    return forward
+
+
+def _ours(problem):
+    model = bert_fast.accelerate(copy.deepcopy(problem.subject))
+    if reason := bert_fast.report(model).swapped[0].reason:
+        raise Skip(f"would run the stock forward: {reason}")
+    return _hidden(model)
+
+
+# -- onnxruntime ----------------------------------------------------------------------------
+def _onnxruntime(problem):
+    """The exported model with onnxruntime's own fusions, on as many threads as torch has."""
+    needs("onnxruntime", "onnxscript")
+    import onnxruntime
+
+    device = problem.subject.device
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device.type]
+    if provider not in onnxruntime.get_available_providers():
+        raise Skip(f"this onnxruntime has no {provider}; onnxruntime-gpu has")
+    if problem.subject.dtype == torch.bfloat16:
+        raise Skip("onnxruntime's inputs and outputs are numpy's, which has no bf16")
+    names = ("input_ids", "attention_mask")
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would spin on while the next contender runs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        torch.onnx.export(
+            stock(problem, "sdpa"), kwargs=problem.checked[0], f=path, dynamo=True,
+            dynamic_shapes=dict.fromkeys(names, sizes), external_data=True, verbose=False,
+        )  # fmt: skip
+        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    if session.get_providers()[0] != provider:
+        raise Skip(f"onnxruntime could not start its {provider}")
+    output = session.get_outputs()[0].name
+
+    def on_cpu(**arrays):
+        return torch.from_numpy(session.run([output], arrays)[0])
+
+    def on_gpu(**batch):
+        """Inputs and output stay on the GPU."""
+        binding = session.io_binding()
+        for name in names:
+            t = batch[name]
+            binding.bind_input(name, "cuda", 0, "int64", list(t.shape), t.data_ptr())
+        hidden = batch["input_ids"].new_empty(
+            *batch["input_ids"].shape, problem.subject.config.hidden_size,
+            dtype=problem.subject.dtype,
+        )  # fmt: skip
+        kind = {torch.float32: "float32", torch.float16: "float16"}[hidden.dtype]
+        binding.bind_output(output, "cuda", 0, kind, list(hidden.shape), hidden.data_ptr())
+        torch.cuda.current_stream().synchronize()  # it runs on a stream of its own
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return hidden
+
+    def bind(batches):
+        if device.type == "cuda":
+            return lambda: [on_gpu(**batch) for batch in batches]
+        arrays = [{name: batch[name].numpy() for name in names} for batch in batches]
+        return lambda: [on_cpu(**a) for a in arrays]
+
+    bind.implementation = f"{provider} of onnxruntime {onnxruntime.__version__}"
+    return bind
+
+
+# -- the lists ------------------------------------------------------------------------------
+def bound(forward):
+    """forward for each batch, as a contender binds it."""
+
+    def bind(batches):
+        return lambda: [forward(**batch) for batch in batches]
+
+    bind.implementation = getattr(forward, "implementation", None)
+    return bind
+
+
+COMPARED = 256  # sequences of a batch, at most: more of them in fp64 would fill a GPU
+
+
+def at_tokens(result, batches):
+    """Hidden states of the tokens: what a model computes for padding has no meaning."""
+    return [
+        h[:COMPARED][batch["attention_mask"][:COMPARED].bool()]
+        for h, batch in zip(result, batches, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A way to run the model: for inference, and, if it can be differentiated, for training."""
+
+    name: str
+    forward: Callable  # problem -> forward(input_ids, attention_mask)
+    trains: bool = False
+    slow: bool = False
+
+    def inference(self):
+        build = lambda problem: bound(self.forward(problem))  # noqa: E731
+        return Contender(self.name, build, at_tokens, slow=self.slow)
+
+
+MODELS = (
+    Model("stock sdpa", _sdpa, trains=True),
+    Model("stock eager", _eager, trains=True),
+    *(Model(f"sdpa {backend}", partial(_forced_sdpa, backend)) for backend in BACKENDS),
+    Model("FlashAttention unpadded", _unpadded, trains=True),
+    Model("flex_attention", _flex, slow=True),
+    Model("torch.compile", _compiled, trains=True, slow=True),
+    Model(
+        "torch.compile reduce-overhead", partial(_compiled, mode="reduce-overhead"), slow=True
+    ),
+    Model("torch.compile max-autotune", partial(_compiled, mode="max-autotune"), slow=True),
+    Model("ours", _ours, trains=True),
+)
+SDPA, OURS = (next(m for m in MODELS if m.name == name) for name in ("stock sdpa", "ours"))
+ONNXRUNTIME = Contender("onnxruntime", _onnxruntime, at_tokens)
+INFERENCE = (*(m.inference() for m in MODELS[:-1]), ONNXRUNTIME, OURS.inference())

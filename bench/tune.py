@@ -1,0 +1,307 @@
+"""Time launch configurations of the kernels and write the table that launchers read.
+
+From its default each configuration is changed in one number at a time: tiles and warps doubled or
+halved, stages one more or less; the best becomes the next start, until nothing gains. A candidate
+is checked against the definition before it is timed: what is wrong, or does not compile, is no
+choice. One configuration serves all benchmark cases with its key, in every batch.
+"""
+
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from measure import Skip, clock_of, interleave, one_line
+from result_schema import read
+from results import Results, commit, device_of, versions
+from rich.console import Console
+from rich.table import Table
+from rows import error_of
+
+from bert_fast.kernels import SPECS, launch
+
+GAIN = 0.98  # of the time that is needed to be chosen: a change within the noise is none
+TABLES = Path(__file__).resolve().parents[1] / "kernels" / "tuned"
+CASES = 3  # that a configuration is timed on
+
+
+# -- what there is to tune ------------------------------------------------------------------
+def asked(fn):
+    """The configurations that fn() asks for: {(op, key): (default, names that are fixed)}."""
+    found = {}
+
+    def ask(op, default, fixed=(), **key):
+        found[op, launch.written(key)] = default, fixed
+        return default
+
+    with patch.object(launch, "configuration", ask), torch.no_grad():
+        fn()
+    return found
+
+
+def given(config, wanted):
+    """launch.configuration, but with config for wanted, an (op, key)."""
+    original = launch.configuration
+
+    def answer(op, default, fixed=(), **key):
+        if (op, launch.written(key)) == wanted:
+            return config
+        return original(op, default, fixed, **key)
+
+    return patch.object(launch, "configuration", answer)
+
+
+def neighbours(config, fixed):
+    """config with one number changed."""
+    for name, value in config.items():
+        if name in fixed:
+            continue
+        steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+        limit = {"num_stages": 6, "num_warps": 16}.get(name, 4096)
+        yield from ({**config, name: v} for v in steps if 1 <= v <= limit)
+
+
+# -- the search -----------------------------------------------------------------------------
+def climb(default, fixed, time_of, deadline, clock=time.monotonic):
+    """The fastest configuration on the way up from default, and a record of each that was tried.
+
+    time_of(config)  seconds; raises ValueError for a wrong result and Skip where it cannot run
+    deadline         in seconds of clock(), after which nothing more is tried
+
+    Returns (config, [{"config", "seconds", "status", "reason"}]).
+    """
+    best, best_s = default, time_of(default)
+    record = [_tried(default, best_s, "default")]
+    tried = {tuple(default.values())}
+    climbing = True
+    while climbing:
+        climbing = False
+        start = best
+        for config in neighbours(start, fixed):
+            if tuple(config.values()) in tried or clock() > deadline:
+                continue
+            tried.add(tuple(config.values()))
+            try:
+                seconds = time_of(config)
+            except Skip as error:
+                record.append(_tried(config, None, "refused", str(error)))
+            except ValueError as error:
+                record.append(_tried(config, None, "wrong", str(error)))
+            else:
+                record.append(_tried(config, seconds, "slower"))
+                if seconds < GAIN * best_s:
+                    best, best_s, climbing = config, seconds, True
+    for entry in record:
+        if entry["config"] == best and best != default:
+            entry["status"] = "chosen"
+    return best, record
+
+
+def _tried(config, seconds, status, reason=None):
+    return {"config": config, "seconds": seconds, "status": status, "reason": reason}
+
+
+def with_config(fn, inputs, config, wanted):
+    """fn(**inputs) launched with config, as a callable."""
+
+    def run():
+        with given(config, wanted):
+            return fn(**inputs)
+
+    return run
+
+
+def time_on(problems, wanted, clock, seconds):
+    """config -> the geometric mean of its times on problems, (fn, inputs, truth, limit) each."""
+
+    def time_of(config):
+        logs = []
+        for fn, inputs, truth, limit in problems:
+            run = with_config(fn, inputs, config, wanted)
+            try:
+                error = error_of([run()], [truth])["max"]
+            except refusals() as error:
+                raise Skip(one_line(error)) from error
+            if not error <= limit:
+                raise ValueError(f"error {error:.2g}, at most {limit:.2g} is allowed")
+            failures = {}
+            timings = interleave({"it": run}, clock, seconds, failures)
+            if failures:
+                raise Skip(failures["it"][1])
+            logs.append(math.log(timings["it"].median))
+        return math.exp(sum(logs) / len(logs))
+
+    return time_of
+
+
+def gain(problems, wanted, default, best, clock, seconds):
+    """How many times as fast best is as default, both in the same rounds: the geometric mean.
+
+    0.0 if either fails.
+    """
+    logs, failures = [], {}
+    for fn, inputs, _, _ in problems:
+        runs = {
+            name: with_config(fn, inputs, config, wanted)
+            for name, config in (("default", default), ("best", best))
+        }
+        timings = interleave(runs, clock, seconds, failures)
+        if failures:
+            return 0.0
+        logs.append(math.log(timings["default"].median / timings["best"].median))
+    return math.exp(sum(logs) / len(logs))
+
+
+def refusals():
+    """What a launch raises that asks too much of the compiler or the GPU."""
+    import triton
+
+    return RuntimeError, triton.CompilationError, triton.OutOfResources
+
+
+# -- the command ----------------------------------------------------------------------------
+def groups(specs, dtype, device):
+    """{(op, key): (default, fixed, [(spec, case)])} of the benchmark cases, on Triton."""
+    found = defaultdict(lambda: [None, None, []])
+    for spec in specs:
+        for case in spec.bench:
+            inputs = spec.inputs(dtype, device, **case)
+            for which, (default, fixed) in asked(lambda: spec.fn(**inputs)).items():  # noqa: B023
+                found[which][:2] = default, fixed
+                found[which][2].append((spec, case))
+    return dict(found)
+
+
+def problem(spec, case, dtype, device):
+    """(fn, inputs, truth, limit): the definition in fp64, and how far off a result may be."""
+    torch.manual_seed(0)
+    inputs = spec.inputs(dtype, device, **case)
+    wide = {
+        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    with torch.no_grad():
+        truth, rounded = spec.ref(**wide), spec.ref(**inputs)
+    ulp = torch.finfo(dtype).eps * truth.abs().max().item()
+    return spec.fn, inputs, truth, ulp + 2 * error_of([rounded], [truth])["max"]
+
+
+def tune(results, clock, device, seconds, specs=SPECS, dtypes=(torch.bfloat16, torch.float32)):
+    """Tune until `seconds` are over, writing what was tried into results as it comes.
+
+    Returns {op: {key: configuration}} of those that are faster than their default.
+    """
+    chosen, tried, done = defaultdict(dict), [], set()
+    todo = [
+        (which, *group, dtype)
+        for dtype in dtypes
+        for which, group in groups(specs, dtype, device).items()
+    ]
+    end = time.monotonic() + seconds
+    for n, (which, default, fixed, where, dtype) in enumerate(todo):
+        now = time.monotonic()
+        if now > end or which in done:
+            continue
+        done.add(which)
+        deadline = now + (end - now) / (len(todo) - n)  # an even part of what is left
+        try:
+            problems = [problem(spec, case, dtype, device) for spec, case in where[:CASES]]
+            time_of = time_on(problems, which, clock, 0.05)
+            best, record = climb(default, fixed, time_of, deadline)
+            if best != default and gain(problems, which, default, best, clock, 0.2) * GAIN < 1:
+                best = default
+                for entry in record:
+                    if entry["status"] == "chosen":
+                        entry |= {"status": "slower", "reason": "in the same rounds as the default"}
+        except (Skip, ValueError, torch.OutOfMemoryError) as error:  # the default cannot run
+            best, record = default, [_tried(default, None, "refused", one_line(error))]
+        tried += [{"op": which[0], "key": which[1], **entry} for entry in record]
+        if best != default:
+            chosen[which[0]][which[1]] = best
+        results.add(tune=tried)
+    return dict(chosen)
+
+
+def write_table(path, gpu, tables):
+    """The table of gpu, keeping what an earlier run found for other keys."""
+    known = {}
+    if path.exists():
+        for (op, key), config in launch.read_table(path, gpu).items():
+            known.setdefault(op, {})[key] = config
+    for op, keys in tables.items():
+        known.setdefault(op, {}).update(keys)
+    content = {
+        "schema": 1, "gpu": gpu, "git commit": commit(), "versions": versions(),
+        "configurations": known,
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".part")
+    new.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    new.replace(path)
+
+
+def add_arguments(parser):
+    parser.add_argument("--budget", metavar="SECONDS", type=float, default=300.0)
+    parser.add_argument("--output", metavar="FILE.json", help="of all that was tried")
+    parser.add_argument("--from", metavar="FILE.json", dest="source", help="write its table alone")
+    parser.add_argument("--table", metavar="FILE.json", help="of the choices; in kernels/tuned/")
+
+
+def chosen_in(content):
+    """(GPU, {op: {key: configuration}}) of a result file of this part."""
+    tables = defaultdict(dict)
+    for entry in content.get("tune", ()):
+        if entry["status"] == "chosen":
+            tables[entry["op"]][entry["key"]] = entry["config"]
+    return content["device"]["name"], dict(tables)
+
+
+def main(options, fail):
+    if options.source:
+        try:
+            gpu, tables = chosen_in(read(options.source))
+        except ValueError as error:
+            fail(str(error))
+        path = Path(options.table or TABLES / f"{launch.slug(gpu)}.json")
+        write_table(path, gpu, tables)
+        print(f"table written to {path}")
+        return 0
+    if not torch.cuda.is_available():
+        fail("tune: needs a GPU: launch configurations are of its kernels")
+    if reason := launch.missing("cuda"):
+        fail(f"tune: {reason}")
+    device = torch.device("cuda")
+    known = device_of(device)
+    results = Results(Path(options.output) if options.output else None, known, "tune")
+    tables = tune(results, clock_of(device), device, options.budget)
+    path = Path(options.table or TABLES / f"{launch.slug(known['name'])}.json")
+    write_table(path, known["name"], tables)
+    results.add(complete=True, passed=True)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(results.content["tune"]))
+    print(f"table written to {path}")
+    return 0
+
+
+def table(tried):
+    """A line for each key: default and best."""
+    grid = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("op", "key", "tried", "default us", "best us", "gain", "configuration"):
+        grid.add_column(heading)
+    of = defaultdict(list)
+    for entry in tried:
+        of[entry["op"], entry["key"]].append(entry)
+    for (op, key), entries in of.items():
+        default = entries[0]
+        best = next((e for e in entries if e["status"] == "chosen"), default)
+        if default["seconds"] is None:
+            grid.add_row(op, key, "1", "", "", "", default["reason"])
+            continue
+        times = [f"{e['seconds'] * 1e6:.1f}" for e in (default, best)]
+        gain = f"{default['seconds'] / best['seconds']:.2f}"
+        config = ", ".join(f"{k} {v}" for k, v in best["config"].items())
+        grid.add_row(op, key, str(len(entries)), *times, gain, config)
+    return grid

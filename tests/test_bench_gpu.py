@@ -1,0 +1,511 @@
+"""What `make gpu` does, with tools that only pretend: no GPU is needed."""
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+
+import cli
+import gpu
+import measure
+import nvidia_tools
+import process
+import result_schema
+import results
+import sensors
+import tune
+
+from bert_fast.kernels import launch
+
+KNOWN = {
+    "type": "cuda", "name": "NVIDIA Toy", "backend": "triton", "cores": 2, "threads": 2,
+    "load": None,
+}  # fmt: skip
+
+
+# -- processes ------------------------------------------------------------------------------
+def test_what_takes_too_long_is_killed_with_all_that_it_started(tmp_path):
+    mark = tmp_path / "alive"
+    script = f"(sleep 1; touch {mark}) & echo begun; sleep 60"
+    started = time.monotonic()
+    assert process.run_limited(["sh", "-c", script], 0.3) == (None, ["begun"])
+    assert time.monotonic() - started < 5
+    time.sleep(1)
+    assert not mark.exists()
+
+
+def test_output_and_status_come_back():
+    code = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
+    returncode, lines = process.run_limited([sys.executable, "-c", code], 20)
+    assert (returncode, sorted(lines)) == (3, ["err", "out"])
+
+
+def test_tests_that_take_too_long_are_killed_and_the_result_says_so():
+    ran = gpu.run_tests(0.05)
+    assert (ran["returncode"], ran["summary"]) == (None, "killed after 0.05 s")
+    assert ran["seconds"] < 10
+
+
+# -- parts ----------------------------------------------------------------------------------
+@pytest.fixture
+def parts(monkeypatch):
+    """Runs of parts that only write their file; `ran` has (part, limit) of each, and `fate` is the
+    exit status of those that do not pass, None for one that is killed."""
+    ran, fate = [], {}
+
+    def run_limited(command, limit):
+        options = dict(itertools.pairwise(command))
+        part = options["--part"]
+        ran.append((part, limit))
+        status = fate.get(part, 0)
+        path = Path(options["--folder"]) / results.file_name(KNOWN, part)
+        found = results.Results(path, KNOWN, part)
+        if status is not None:
+            found.add(complete=True, passed=status == 0)
+        return status, [f"{part} ran"]
+
+    monkeypatch.setattr(gpu, "run_limited", run_limited)
+    monkeypatch.setattr(gpu, "commit", lambda: "abc")
+    monkeypatch.setattr(results, "commit", lambda: "abc")
+    return SimpleNamespace(ran=ran, fate=fate)
+
+
+def test_parts_run_in_turn_within_nine_minutes_each_with_a_file(parts, tmp_path):
+    assert gpu.run_all(KNOWN, tmp_path, gpu.ALL) == 0
+    assert [part for part, _ in parts.ran] == list(gpu.LIMITS)
+    assert sum(limit for _, limit in parts.ran) <= gpu.ALL < 9 * 60
+    for part in gpu.LIMITS:
+        assert result_schema.read(tmp_path / results.file_name(KNOWN, part))["part"] == part
+
+
+def test_a_part_that_is_killed_costs_that_part_alone_and_is_all_that_runs_again(
+    parts, tmp_path, capsys
+):
+    parts.fate["bench"] = None
+    assert gpu.run_all(KNOWN, tmp_path, gpu.ALL) == 1
+    said = capsys.readouterr().out
+    assert "bench: killed after" in said
+    assert "parts that did not pass: bench" in said
+    assert [part for part, _ in parts.ran] == list(gpu.LIMITS)
+    parts.ran.clear(), parts.fate.clear()
+    assert gpu.run_all(KNOWN, tmp_path, gpu.ALL) == 0
+    assert [part for part, _ in parts.ran] == ["bench"]
+
+
+def test_a_part_that_failed_is_not_run_again_and_still_fails(parts, tmp_path, capsys):
+    parts.fate["tests"] = 1
+    assert gpu.run_all(KNOWN, tmp_path, gpu.ALL) == 1
+    parts.ran.clear()
+    assert gpu.run_all(KNOWN, tmp_path, gpu.ALL) == 1
+    assert parts.ran == []
+    assert "tests: FAILED before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("then, now", [("abc", None), ("abc", "abd"), ("abc-dirty", "abc-dirty")])
+def test_another_commit_or_a_dirty_tree_is_never_done(then, now, parts, tmp_path, monkeypatch):
+    path = tmp_path / results.file_name(KNOWN, "tests")
+    gpu.run_all(KNOWN, tmp_path, gpu.ALL)
+    assert gpu.done_before(path)["passed"]
+    path.unlink()
+    monkeypatch.setattr(results, "commit", lambda: then)
+    monkeypatch.setattr(gpu, "commit", lambda: now)
+    gpu.run_all(KNOWN, tmp_path, gpu.ALL)
+    assert result_schema.read(path)["git commit"] == then
+    assert gpu.done_before(path) is None
+
+
+def test_a_file_that_was_cut_off_is_written_anew(parts, tmp_path):
+    path = tmp_path / results.file_name(KNOWN, "tests")
+    path.write_text('{"schema": 2, "par')
+    assert gpu.run_all(KNOWN, tmp_path, gpu.ALL) == 0
+    assert result_schema.read(path)["passed"]
+
+
+def test_without_time_left_a_part_is_not_begun(parts, tmp_path, capsys):
+    assert gpu.run_all(KNOWN, tmp_path, gpu.MARGIN) == 1
+    assert parts.ran == []
+    assert "run it with PART=tests" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, known",
+    [("gpu --part nosuch", "'sanitize'"), ("gpu", "finds no GPU here"), ("tune", "needs a GPU")],
+)
+def test_a_wrong_part_and_a_machine_without_a_gpu_are_refused(
+    arguments, known, monkeypatch, capsys
+):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments.split()])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit:
+        cli.main("")
+    said = capsys.readouterr().err
+    assert (exit.value.code, said.count("\n"), known in said) == (2, 1, True)
+
+
+def test_the_line_of_a_workload_says_what_failed():
+    rows = [
+        {"workload": "base", "dtype": "tf32", "contender": c, "baseline": "sdpa", "status": s,
+         "ratio_median": x, "reason": r}
+        for c, s, x, r in (
+            ("sdpa", "ok", 1.0, None), ("compile", "ok", 1.5, None), ("flex", "skipped", None, "?"),
+            ("eager", "error", None, "OutOfMemoryError: 60 GiB"), ("ours", "ok", 2.0, None),
+        )
+    ]  # fmt: skip
+    assert cli.line(rows) == (
+        "base tf32: ours 2.00 x sdpa; best other compile 1.50; 1 error eager; 1 skipped"
+        "\n    eager: OutOfMemoryError: 60 GiB"
+    )
+
+
+def test_what_matters_most_is_measured_first_and_every_dtype_is():
+    names = [(item[0].name.partition("(")[0], item[0].precision) for item in gpu.plan()]
+    assert names[0] == ("base squad-384", "bfloat16")
+    assert {dtype for name, dtype in names if name == "base squad-384"} == set(gpu.DTYPES)
+    first_of_each_op = names[gpu.HEAD : gpu.HEAD + 15]
+    assert len({name for name, _ in first_of_each_op}) == 8  # six ops and two sizes of products
+    order = [("linear large", "bfloat16"), ("train base wikipedia-512", "bfloat16"),
+             ("base squad-384", "tf32"), ("base full-128x1024", "bfloat16")]  # fmt: skip
+    assert [names.index(name) for name in order] == sorted(map(names.index, order))
+    assert len(names) == len(gpu.plan())
+
+
+# -- NVIDIA's tools -------------------------------------------------------------------------
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """tool(name, script): a program on the PATH."""
+
+    def make(name, script):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    return make
+
+
+@pytest.mark.parametrize(
+    "script, status, reason",
+    [
+        ("echo '========= ERROR SUMMARY: 0 errors'", "ok", None),
+        ("echo '========= RACECHECK SUMMARY: 0 hazards'", "ok", None),
+        (
+            "echo '========= Invalid __global__ read of size 2 bytes'\n"
+            "echo '========= ERROR SUMMARY: 1 error'; exit 9",
+            "FAILED", "exit status 9: ERROR SUMMARY: 1 error",
+        ),
+        ("echo '========= Device not supported'; exit 1", "skipped", "Device not supported"),
+        ("echo Traceback; exit 1", "FAILED", "exit status 1: Traceback"),
+        ("exit 0", "FAILED", "exit status 0: no output"),  # it never came to a summary
+        ("sleep 20", "FAILED", "killed after 1 s"),
+    ],
+)  # fmt: skip
+def test_what_the_sanitizer_says_is_what_the_part_says(script, status, reason, tool):
+    tool("compute-sanitizer", script)
+    found = nvidia_tools.sanitize("memcheck", 1.0)
+    assert (found["status"], found["reason"]) == (status, reason)
+    assert found["findings"] == ["Invalid __global__ read of size 2 bytes"] * ("Invalid" in script)
+    result_schema.check([found], result_schema.SCHEMA["properties"]["sanitize"])
+
+
+def test_tools_that_are_not_there_are_skipped(tool):
+    assert nvidia_tools.sanitize("memcheck", 1.0)["status"] == "skipped"
+    assert nvidia_tools.ncu(1.0) == {
+        "status": "skipped", "reason": "ncu is not on the PATH", "kernels": []
+    }  # fmt: skip
+
+
+def test_the_sanitizer_sees_each_tensor_as_an_allocation_and_the_small_cases(tool, tmp_path):
+    tool("compute-sanitizer", f"echo $PYTORCH_NO_CUDA_MEMORY_CACHING $@ > {tmp_path / 'log'}")
+    nvidia_tools.sanitize("racecheck", 5.0)
+    said = (tmp_path / "log").read_text()
+    assert said.startswith("1 --tool racecheck --error-exitcode 9")
+    assert said.split()[-2:] == [nvidia_tools.EXERCISE, "small"]
+
+
+PRETENDED = """
+echo '{{"float16 D=64": {{"error": {error}, "baseline_error": 1.0, "bits": "{bits}"}}}}'
+"""
+
+
+@pytest.mark.parametrize(
+    "error, bits, status, reason",
+    [
+        (1.0, "aa", "ok", None),
+        (1.0, "bb", "ok", "other bits than triton's ptxas in float16 D=64"),
+        (2.5, "bb", "FAILED", "wrong in float16 D=64"),
+        ("null", "bb", "FAILED", "wrong in float16 D=64"),
+    ],
+)
+def test_a_ptx_compiler_that_makes_attention_wrong_is_found(
+    error, bits, status, reason, tool, monkeypatch
+):
+    first = tool("ptxas", "echo 'release 12.8, V12.8.93'")
+    second = tool("ptxas-13", "echo 'release 13.0, V13.0.48'")
+    python = tool(
+        "python", 'case "$TRITON_PTXAS_PATH" in *ptxas-13)'
+        + PRETENDED.format(error=error, bits=bits) + ";; *)"
+        + PRETENDED.format(error=1.0, bits="aa") + ";; esac",
+    )  # fmt: skip
+    monkeypatch.setattr(nvidia_tools.sys, "executable", str(python))
+    found = nvidia_tools.ptx(10.0, [first, second])
+    result_schema.check(found, result_schema.SCHEMA["properties"]["ptx"])
+    assert [entry["version"] for entry in found] == ["12.8.93", "13.0.48"]
+    assert (found[0]["status"], found[0]["reason"]) == ("ok", None)
+    assert (found[1]["status"], found[1]["reason"]) == (status, reason)
+
+
+def test_a_single_ptx_compiler_is_said_to_have_no_second(tool, monkeypatch):
+    python = tool("python", "echo 'Segmentation fault'; exit 139")
+    monkeypatch.setattr(nvidia_tools.sys, "executable", str(python))
+    found = nvidia_tools.ptx(10.0, [tool("ptxas", "echo V12.8.93")])
+    assert [entry["status"] for entry in found] == ["FAILED", "skipped"]
+    assert found[0]["reason"] == "Segmentation fault"
+
+
+def test_counters_of_ncu_become_numbers(tool):
+    names = ",".join(f'"{name}"' for name in nvidia_tools.METRICS)
+    tool("ncu", f"""
+echo '==PROF== Profiling'
+echo '"ID","Kernel Name",{names}'
+echo '"","",'
+echo '"0","_forward_kernel","1,250","71.5","80","50","128","n/a"'
+""")
+    found = nvidia_tools.ncu(5.0)
+    result_schema.check(found, result_schema.SCHEMA["properties"]["ncu"])
+    assert found["kernels"] == [{
+        "kernel": "_forward_kernel", "ns": 1250.0, "compute %": 71.5, "memory %": 80.0,
+        "occupancy %": 50.0, "registers": 128.0, "local accesses": None,
+    }]  # fmt: skip
+    tool("ncu", "echo '==ERROR== ERR_NVGPUCTRPERM'; exit 1")
+    assert nvidia_tools.ncu(5.0) == {
+        "status": "skipped", "reason": "ERROR== ERR_NVGPUCTRPERM", "kernels": []
+    }  # fmt: skip
+
+
+# -- sensors --------------------------------------------------------------------------------
+class Nvml:
+    """A driver whose counter of energy goes up by a joule a call, and which tells no power."""
+
+    class NVMLError(Exception):
+        pass
+
+    NVML_CLOCK_SM = NVML_TEMPERATURE_GPU = 0
+    millijoules = 0
+
+    def nvmlDeviceGetClockInfo(self, handle, which):
+        return 1980
+
+    def nvmlDeviceGetTemperature(self, handle, which):
+        return 40
+
+    def nvmlDeviceGetPowerUsage(self, handle):
+        raise self.NVMLError("Not Supported")
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        return self.millijoules
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    known = sensors.Sensors(torch.device("cpu"))
+    known.nvml, known.handle = Nvml(), "handle"
+    return known
+
+
+def test_what_the_driver_does_not_tell_is_none(driver):
+    assert driver.read() == {"sm_mhz": 1980, "temperature_c": 40, "power_w": None}
+    cpu = sensors.Sensors(torch.device("cpu"))
+    assert (cpu.read(), cpu.joules(), cpu.reason) == (None, None, "not a GPU")
+    assert cpu.peak_bytes(lambda: 1 / 0) is None
+
+
+def test_energy_is_of_one_call(driver):
+    def run():
+        driver.nvml.millijoules += 1000
+
+    assert driver.energy_of(run, 0.01, 0.5) == 1.0
+    assert driver.nvml.millijoules == 50 * 1000
+    assert driver.energy_of(run, 0.01, 0.0) is None
+    assert driver.energy_of(run, 1e-5, 0.5) is None  # MOST calls are too short to tell
+
+
+# -- tuning ---------------------------------------------------------------------------------
+DEFAULT = {"BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+
+
+def test_the_climb_ends_at_the_best_and_takes_nothing_wrong():
+    def time_of(config):
+        if config["num_stages"] > 3:
+            raise measure.Skip("OutOfResources")
+        if config["num_warps"] == 8:
+            raise ValueError("error 1, at most 0.1 is allowed")
+        return 1 + abs(config["BLOCK_N"] - 256) / 256 + abs(config["num_stages"] - 3)
+
+    best, record = tune.climb(DEFAULT, (), time_of, deadline=1e9)
+    assert best == {"BLOCK_N": 256, "num_warps": 4, "num_stages": 3}
+    of = {tuple(entry["config"].values()): entry["status"] for entry in record}
+    assert len(of) == len(record)
+    assert of[64, 4, 2] == "default"
+    assert of[256, 4, 3] == "chosen"
+    assert of[64, 8, 2] == "wrong"
+    assert of[256, 4, 4] == "refused"
+
+
+def test_a_gain_within_the_noise_changes_nothing():
+    times = {64: 1.0, 128: 0.99, 32: 1.5}
+    best, record = tune.climb(
+        {"BLOCK_N": 64}, (), lambda config: times.get(config["BLOCK_N"], 9.0), deadline=1e9
+    )
+    assert best == {"BLOCK_N": 64}
+    assert {entry["status"] for entry in record} == {"default", "slower"}
+
+
+def test_fixed_numbers_and_time_bound_the_climb():
+    seen = []
+    tune.climb(DEFAULT, ("BLOCK_N",), lambda c: seen.append(c) or 1.0, deadline=1e9)
+    assert {config["BLOCK_N"] for config in seen} == {64}
+    ticks = itertools.count()
+    _, record = tune.climb(DEFAULT, (), lambda c: 1.0, deadline=2, clock=lambda: next(ticks))
+    assert len(record) == 4  # the default, and three that began in time
+
+
+class TunedClock:
+    """A second for BLOCK_N 64, half of that for 128."""
+
+    def __call__(self, run):
+        run()
+        return 64 / launch_of[-1]
+
+    def launched(self, run, seconds):
+        return run, None
+
+
+launch_of = []  # BLOCK_N of each call of toy
+
+
+def toy(x):
+    config = launch.configuration("toy", {"BLOCK_N": 64, "num_warps": 4}, N=x.shape[-1])
+    launch_of.append(config["BLOCK_N"])
+    return x + (config["BLOCK_N"] > 128)  # larger tiles are wrong
+
+
+TOY = SimpleNamespace(
+    fn=toy, ref=lambda x: x, bench=({"T": 3}, {"T": 5}),
+    inputs=lambda dtype, device, T: {"x": torch.ones(T, 768, dtype=dtype, device=device)},
+)  # fmt: skip
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """kernels/tuned/ in another place, and a GPU called NVIDIA Toy."""
+    monkeypatch.setattr(launch, "TABLES", tmp_path)
+    monkeypatch.setattr(launch, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Toy")
+    for cached in (launch._table, launch._warn):
+        cached.cache_clear()
+    yield tmp_path / "nvidia-toy.json"
+    launch._table.cache_clear()
+
+
+def test_what_was_tuned_is_what_launchers_read(tables, tmp_path):
+    found = results.Results(tmp_path / "tune.json", KNOWN, "tune")
+    cpu = torch.device("cpu")
+    chosen = tune.tune(found, TunedClock(), cpu, 60.0, (TOY,), (torch.float32,))
+    assert chosen == {"toy": {"N=768": {"BLOCK_N": 128, "num_warps": 4}}}
+    tune.write_table(tables, "NVIDIA Toy", chosen)
+    toy(torch.ones(2, 768))
+    assert launch_of[-1] == 128
+    toy(torch.ones(2, 1024))  # no such key
+    assert launch_of[-1] == 64
+    content = result_schema.read(tmp_path / "tune.json")
+    assert {e["status"] for e in content["tune"]} >= {"default", "chosen", "wrong"}
+    assert tune.chosen_in(content) == ("NVIDIA Toy", chosen)
+
+
+def test_a_later_table_keeps_the_other_keys(tables):
+    tune.write_table(tables, "NVIDIA Toy", {"toy": {"N=1": {"BLOCK_N": 1}}})
+    tune.write_table(tables, "NVIDIA Toy", {"toy": {"N=2": {"BLOCK_N": 2}}})
+    assert launch.read_table(tables, "NVIDIA Toy").keys() == {("toy", "N=1"), ("toy", "N=2")}
+
+
+def test_what_is_faster_alone_but_not_in_the_same_rounds_is_not_chosen(tables, monkeypatch):
+    monkeypatch.setattr(tune, "gain", lambda *args: 1.0)
+    found = results.Results(None, KNOWN, "tune")
+    cpu = torch.device("cpu")
+    assert tune.tune(found, TunedClock(), cpu, 60.0, (TOY,), (torch.float32,)) == {}
+    assert "chosen" not in {entry["status"] for entry in found.content["tune"]}
+
+
+def of_toy(**config):
+    tables = {"toy": {"N=768": config}}
+    return json.dumps({"schema": 1, "gpu": "NVIDIA Toy", "configurations": tables})
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "Expecting property name"),
+        ('{"schema": 2}', "schema must be 1, got 2"),
+        ('{"schema": 1, "configurations": {}}', "'gpu' is missing"),
+        ('{"schema": 1, "gpu": "NVIDIA A100", "configurations": {}}', "gpu must be 'NVIDIA Toy'"),
+        ('{"schema": 1, "gpu": "NVIDIA Toy", "configurations": 3}', "no attribute 'items'"),
+        (of_toy(BLOCK_N=96), "toy, N=768, BLOCK_N: must be a power of two, got 96"),
+        (of_toy(BLOCK_N=64.0), "toy, N=768, BLOCK_N: must be a power of two, got 64.0"),
+        (of_toy(BLOCK_M=8), "toy, N=768: must have BLOCK_N, num_warps, got BLOCK_M"),
+    ],
+)
+def test_a_corrupt_or_foreign_table_is_named_once_and_defaults_are_used(text, said, tables):
+    tables.write_text(text)
+    with pytest.warns(UserWarning) as warned:
+        toy(torch.ones(2, 768))
+        toy(torch.ones(2, 768))
+    assert launch_of[-1] == 64
+    assert len(warned) == 1
+    assert said in str(warned[0].message)
+    assert "`python bench tune` writes the table anew" in str(warned[0].message)
+
+
+def test_fixed_numbers_are_those_of_the_default_whatever_a_table_says(tables):
+    tune.write_table(tables, "NVIDIA Toy", {"op": {"D=64": {"BLOCK_D": 32, "num_warps": 8}}})
+    default = {"BLOCK_D": 64, "num_warps": 4}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = launch.configuration("op", default, fixed=("BLOCK_D",), D=64)
+    assert got == {"BLOCK_D": 64, "num_warps": 8}
+
+
+def test_a_key_names_nothing_of_the_batch():
+    with pytest.raises(ValueError, match="must name nothing of the batch, got T"):
+        launch.configuration("op", DEFAULT, T=5, D=64)
+
+
+def test_without_a_gpu_there_are_defaults(tables, monkeypatch):
+    tune.write_table(tables, "NVIDIA Toy", {"op": {"D=64": {"BLOCK_N": 32}}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert launch.configuration("op", {"BLOCK_N": 64}, D=64) == {"BLOCK_N": 64}
+
+
+def test_bits_are_hashed_the_same_each_time(capsys):
+    import exercise
+
+    exercise.attention()
+    first, again = capsys.readouterr().out, exercise.attention() or capsys.readouterr().out
+    assert first == again
+    for case in json.loads(first).values():
+        assert case["error"] <= 2 * case["baseline_error"]
+        assert len(case["bits"]) == len(hashlib.sha256().hexdigest()[:16])

@@ -1,0 +1,287 @@
+"""What is made of a result: the file and its schema, the comparison, the plots, the README."""
+
+import copy
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
+
+import cli
+import comparison
+import plots
+import readme
+import result_schema
+import results
+
+FILES = sorted((readme.ROOT / "bench" / "results").glob("*.json"))
+
+
+def row(contender, ratio=None, spread=0.05, **options):
+    median = 1.0 / ratio if ratio else None
+    around = ratio and [ratio * (1 - spread), ratio * (1 + spread)]
+    return {
+        **dict.fromkeys(result_schema.ROW),
+        "workload": "base full-128", "kind": "inference", "lengths": "full-128", "sequences": 32,
+        "padded_to": 128, "fill": 1.0, "dtype": "float32", "contender": contender,
+        "baseline": "stock sdpa", "median_s": median, "ratio_median": ratio, "ratio_ci": around,
+        "valid_tokens_per_s": ratio and 100.0 * ratio, "status": "ok", **options,
+    }  # fmt: skip
+
+
+def content(*rows, **options):
+    device = {
+        "type": "cpu", "name": "a CPU", "backend": "pytorch", "cores": 2, "threads": 2, "load": None
+    }  # fmt: skip
+    return {
+        "schema": 2, "part": "bench", "complete": True, "device": device,
+        "versions": {"torch": "2.13", "transformers": "5.23"}, "date": "2026-01-31T00:00:00+00:00",
+        "git commit": None, "ceilings": None, "rows": list(rows), **options,
+    }  # fmt: skip
+
+
+def saved(path, what):
+    path.write_text(what if isinstance(what, str) else json.dumps(what))
+    return path
+
+
+def run(capsys, monkeypatch, *arguments):
+    """(exit status, output, errors) of a command."""
+    monkeypatch.setattr(sys, "argv", ["bench", *map(str, arguments)])
+    try:
+        status = cli.main("")
+    except SystemExit as exit:
+        status = exit.code
+    return status, *capsys.readouterr()
+
+
+# -- the schema -----------------------------------------------------------------------------
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_committed_files_are_valid(path):
+    result_schema.read(path)
+
+
+def test_every_field_of_a_row_is_wanted_and_known():
+    schema = result_schema.SCHEMA["$defs"]["row"]
+    assert set(schema["required"]) == set(schema["properties"]) == set(result_schema.ROW)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda c: c.update(schema=1), "schema must be 2, got 1"),
+        (lambda c: c.pop("schema"), "schema is missing"),
+        (lambda c: c.pop("device"), "device is missing"),
+        (lambda c: c["device"].update(cores="two"), 'device.cores must be integer, got "two"'),
+        (lambda c: c["rows"][1].update(median_s="fast"), "rows[1].median_s must be number or null"),
+        (lambda c: c["rows"][0].update(median_s=True), "rows[0].median_s must be number or null"),
+        (lambda c: c["rows"][1].pop("error"), "rows[1].error is missing"),
+        (lambda c: c["rows"][1].update(error={"max": 1}), "rows[1].error.rms is missing"),
+        (lambda c: c["rows"][1].update(ci=[1.0]), "rows[1].ci must have 2 items, got 1"),
+        (lambda c: c["rows"][0].update(speed=1), "rows[0].speed is not a field of schema 2"),
+        (lambda c: c["rows"][0].update(status="good"), 'rows[0].status must be one of "ok", "F'),
+        (lambda c: c.update(part="all"), 'part must be one of "bench"'),
+        (lambda c: c.update(ceilings={"B": 1.0}), "ceilings.C is missing"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_named(change, said, tmp_path):
+    broken = content(row("stock sdpa", 1.0), row("ours", 2.0))
+    result_schema.check(broken)
+    change(broken)
+    path = saved(tmp_path / "a.json", broken)
+    with pytest.raises(ValueError) as error:
+        result_schema.read(path)
+    assert str(error.value).startswith(f"{path}: {said}")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [('{"schema": 2, "ro', "is not JSON"), ('{"schema": NaN}', "NaN is not a number of JSON")],
+)
+def test_what_is_not_json_is_said(text, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        result_schema.read(saved(tmp_path / "a.json", text))
+    with pytest.raises(ValueError, match="cannot be read"):
+        result_schema.read(tmp_path / "none.json")
+
+
+def test_a_result_that_is_not_valid_is_not_written(tmp_path):
+    found = results.Results(tmp_path / "a.json", content()["device"])
+    with pytest.raises(ValueError, match="median_s"):
+        found.add(rows=[row("ours", 2.0, median_s=float("nan"))])
+    assert result_schema.read(tmp_path / "a.json")["rows"] == []
+
+
+# -- comparing ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "after, verdict, status",
+    [
+        (row("ours", 2.0), "same", 0),
+        (row("ours", 1.9), "same", 0),  # the intervals meet
+        (row("ours", 2.1), "same", 0),
+        (row("ours", 1.7), "slower", 1),
+        (row("ours", 2.5), "faster", 0),
+        (row("ours", None, status="FAILED", reason="error 1"), "FAILED", 1),
+        (row("ours", None, status="error", reason="OutOfMemoryError"), "lost", 1),
+    ],
+)
+def test_only_what_is_beyond_its_interval_has_changed(
+    after, verdict, status, tmp_path, capsys, monkeypatch
+):
+    a = saved(tmp_path / "a.json", content(row("stock sdpa", 1.0), row("ours", 2.0)))
+    b = saved(tmp_path / "b.json", content(row("stock sdpa", 1.0), after))
+    got, said, _ = run(capsys, monkeypatch, "compare", a, b)
+    assert (got, verdict in said) == (status, True)
+    (found,) = comparison.changes(*(json.loads(path.read_text())["rows"] for path in (a, b)))
+    assert found["verdict"] == verdict
+
+
+def test_a_contender_that_is_skipped_now_is_no_regression():
+    before = [row("stock sdpa", 1.0), row("ours", 2.0)]
+    assert comparison.changes(before, [row("ours", status="skipped")]) == []
+
+
+def test_without_an_interval_of_the_ratio_those_of_the_times_are_taken():
+    rows = [row("stock sdpa", 1.0, ci=[0.9, 1.2]), row("ours", 2.0, ci=[0.5, 0.6], ratio_ci=None)]
+    (found,) = comparison.changes(rows, rows)
+    assert found["intervals"][0] == pytest.approx((1.5, 2.4))
+
+
+def test_another_device_and_other_versions_are_noted(tmp_path, capsys, monkeypatch):
+    a, b = (content(row("stock sdpa", 1.0), row("ours", 2.0)) for _ in range(2))
+    b["device"]["name"], b["versions"]["torch"] = "another CPU", "2.14"
+    paths = saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)
+    _, said, _ = run(capsys, monkeypatch, "compare", *paths)
+    assert "the device was a CPU, is another CPU" in said
+    assert "torch was 2.13, is 2.14" in said
+
+
+def test_files_that_cannot_be_compared_are_named(tmp_path, capsys, monkeypatch):
+    a = saved(tmp_path / "a.json", content(row("stock sdpa", 1.0), row("ours", 2.0)))
+    old = saved(tmp_path / "old.json", content(schema=1))
+    status, _, said = run(capsys, monkeypatch, "compare", a, old)
+    assert (status, said) == (2, f"bench: {old}: schema must be 2, got 1\n")
+    other = saved(tmp_path / "c.json", content(row("ours", 2.0, workload="large full-128")))
+    status, _, said = run(capsys, monkeypatch, "compare", a, other)
+    assert status == 2
+    assert "have no row in common" in said
+
+
+# -- plots ----------------------------------------------------------------------------------
+def everything():
+    """A file with points for each of the plots."""
+    rows = [
+        row(name, ratio, lengths=f"full-{S}", padded_to=S, workload=f"base full-{S}")
+        for name, ratio in (("stock sdpa", 1.0), ("ours", 2.0))
+        for S in (128, 256)
+    ]
+    rows += [
+        row("ours", 4.0, lengths="squad-384", workload="base squad-384", fill=0.45),
+        row("ours", 1.5, lengths="batch-1", workload="base batch-1", sequences=1),
+        row("ours", 1.5, kind="op", lengths=None, workload="gelu", flops=1e6, bytes=2e6),
+    ]
+    return content(*rows, ceilings={"B": 1e9, "C": {"float32": 1e10}})
+
+
+def test_each_plot_has_the_points_of_its_rows():
+    data = plots.data_of(everything())
+    assert data["throughput"]["series"]["ours"] == [[128, 200.0], [256, 200.0]]
+    assert data["padding"]["series"]["ours"] == [[0.0, 1.5], [0.0, 2.0], [0.0, 2.0], [0.55, 4.0]]
+    assert data["latency"]["series"]["ours"] == [[1, 1000 / 1.5], [32, 500.0]]
+    assert data["roofline"]["series"]["ours"] == [[0.5, 1.5e6]]
+    assert data["roofline"]["roof"] == [1e9, 1e10]
+    assert plots.data_of(content(row("ours", 2.0))) == {}
+
+
+def test_rows_that_failed_are_in_no_plot():
+    failed = everything()
+    for r in failed["rows"]:
+        r["status"] = "FAILED"
+    assert plots.data_of(failed) == {}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="draws with matplotlib")
+def test_a_picture_carries_the_digest_of_its_data(tmp_path):
+    paths = plots.write(everything(), tmp_path, "it")
+    assert len(paths) == len(plots.PLOTS)
+    first = paths[0].read_text()
+    assert plots.DIGEST.search(first)[1] == plots.digest(plots.data_of(everything())["throughput"])
+    plots.write(everything(), tmp_path, "it")
+    assert paths[0].read_text() == first
+
+
+def test_plots_of_nothing_and_of_a_wrong_file_are_refused(tmp_path, capsys, monkeypatch):
+    path = saved(tmp_path / "a.json", content())
+    status, _, said = run(capsys, monkeypatch, "plots", path)
+    assert (status, "has no rows that a plot is made of" in said) == (2, True)
+    status, _, said = run(capsys, monkeypatch, "plots", saved(path, content(schema=3)))
+    assert (status, "schema must be 2, got 3" in said) == (2, True)
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
+    path = saved(tmp_path / "a.json", everything())
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    status, _, said = run(capsys, monkeypatch, "plots", path, "--folder", tmp_path)
+    assert (status, 'pip install "bert_fast[plots]"' in said) == (2, True)
+
+
+# -- the README -----------------------------------------------------------------------------
+def test_the_readme_and_its_pictures_are_what_the_results_say():
+    assert readme.stale() == [], "run `python bench readme` and commit what it prints"
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A README of its own, with one result: (its path, the result's path)."""
+    for name, path in (("RESULTS", "results"), ("PICTURES", "pictures")):
+        (tmp_path / path).mkdir()
+        monkeypatch.setattr(readme, name, tmp_path / path)
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(readme.newest, "__defaults__", (tmp_path / "results",))
+    saved(tmp_path / "README.md", f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    error = {"max": 2e-6, "rms": 1e-6}
+    rows = [
+        row("stock sdpa", 1.0, error=error, baseline_error=error),
+        row("ours", 2.0, error=error, baseline_error=error),
+        row(
+            "ours", 4.0, error=error, baseline_error=error, workload="base squad-384",
+            lengths="squad-384", fill=0.5,
+        ),
+    ]  # fmt: skip
+    return tmp_path / "README.md", saved(tmp_path / "results" / "cpu.json", content(*rows))
+
+
+def test_the_readme_is_stale_as_soon_as_a_figure_changes(house, monkeypatch):
+    text, path = house
+
+    def draw(data, to):
+        saved(to, f"<!-- data {plots.digest(data)} -->")
+
+    monkeypatch.setattr(plots, "draw", draw)
+    assert readme.stale() == ["README.md", "pictures/cpu-padding.svg"]
+    readme.main(type("Options", (), {"check": False}), pytest.fail)
+    assert readme.stale() == []
+    printed = text.read_text()
+    assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 1.00 |" in printed
+    assert printed.startswith("before\n")
+    assert printed.endswith("after\n")
+    measured = json.loads(path.read_text())
+    again = copy.deepcopy(measured)
+    again["rows"][2]["ratio_median"] = 4.2
+    saved(path, again)
+    assert readme.stale() == ["README.md", "pictures/cpu-padding.svg"]
+    saved(path, measured)
+    saved(text, printed.replace("2.0 (1.9 to 2.1)", "3.0 (2.9 to 3.1)"))
+    assert readme.stale() == ["README.md"]
+
+
+def test_only_the_newest_file_of_a_device_is_printed(house):
+    _, path = house
+    newer = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00"}
+    saved(path.with_name("a-newer.json"), newer)
+    saved(path.with_name("tests.json"), content(part="tests", date="2026-03-01T00:00:00+00:00"))
+    assert [p.name for p, _ in readme.newest()] == ["a-newer.json"]
