@@ -1,7 +1,9 @@
 # make demo   set up .venv and run BERT on the shipped checkpoint
 # make test   set up .venv and run the tests
 # make bench  time ops and models on the device that is there
-# make gpu    on a GPU: the tests on the real kernels and the benchmark, into bench/results/
+# make readme print the README's figures and pictures from bench/results/
+# make gpu    on a GPU: tests on the real kernels, sanitizer, benchmark, tuning, counters, each into a
+#             file in OUT; PART=tests, sanitize, bench, tune or ncu for that one alone
 #
 # Without a GPU (docs/how_it_is_checked.md):
 # make check OP=layer_norm   every check of one op, in a minute
@@ -10,6 +12,7 @@
 # make aot                   what the compiler makes of every kernel, and how long that takes
 
 PYTHON ?= python3
+OUT ?= bench/results
 BIN := .venv/bin
 
 # The folder kernels/ must not be importable as `kernels`, a distribution that transformers looks for.
@@ -21,7 +24,8 @@ INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tes
 	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py
 CASES := 2000
 
-.PHONY: demo test test-interpreter test-native check fuzz mutants aot bench gpu checkpoint lint clean
+.PHONY: demo test test-interpreter test-native check fuzz mutants aot bench readme gpu checkpoint lint \
+	clean
 
 demo: .venv/ready
 	$(BIN)/bert-fast demo
@@ -52,10 +56,14 @@ aot: .venv/ready
 bench: .venv/ready-to-bench
 	$(BIN)/python bench all
 
+readme: .venv/ready-to-bench
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plots]"
+	$(BIN)/python bench readme
+
 # No network: the Python of a machine with a GPU has its own torch and triton.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation .
-	$(PYTHON) bench gpu
+	$(PYTHON) bench gpu --folder "$(OUT)" $(if $(PART),--part $(PART))
 
 checkpoint: .venv/ready
 	$(BIN)/python training/train.py
