@@ -49,7 +49,7 @@ class Problem:
     checked: Any  # inputs, small enough for fp64
     checked_on: str  # what these are
     truth: list  # fp64 tensors: the definition's result on `checked`
-    gate: Callable  # (error, error of the baseline) -> why that is too much, or None
+    gate: Callable  # (error, that of baseline or definition) -> why it is too much, or None
     work: dict  # {"C": FLOP, "B": bytes} of a run
     unit: Any = 1.0  # of errors, as rows.error_of takes it
     sequences: int | None = None  # of each batch

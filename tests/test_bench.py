@@ -186,6 +186,16 @@ def test_fp32_may_always_differ_by_1e5th_of_the_unit(apart, dtype, unit, status)
     assert rows_of(exact, ours, dtype=dtype, unit=unit)["ours"]["status"] == status
 
 
+def test_a_wrong_baseline_fails_and_excuses_nobody():
+    definition = contender("definition", [9.0], 1.0 + 2**-10, gated=False)
+    wrong = contender("stock", [4.0], 1.5)
+    found = rows_of(definition, wrong, contender("ours", [2.0], 1.25))
+    assert [row["status"] for row in found.values()] == ["ok", "FAILED", "FAILED"]
+    assert found["definition"]["ratio_median"] is None
+    found = rows_of(contender("definition", [9.0], 1.5, gated=False), STOCK)
+    assert found["stock"]["status"] == "ok"
+
+
 def test_a_result_of_another_shape_is_not_broadcast():
     assert rows_of(STOCK, contender("ours", [2.0], 1.0, 1.0))["ours"]["status"] == "error"
 
@@ -281,8 +291,17 @@ def test_every_contender_of_an_op_gives_what_the_definition_gives(spec, backward
         op_workloads._workload(op, spec, case, torch.float32, CPU, False, backward=backward)
     )
     assert {row["status"] for row in found.values()} <= {"ok", "skipped"}, found
+    assert all(row["error"]["max"] < 1e-3 for row in found.values() if row["status"] == "ok")
     names = {"definition", "ours", BASELINES[op].name}
     assert all(found[name]["status"] == "ok" for name in names)
+
+
+def test_a_backward_moves_each_input_and_gradient_once():
+    case = {"T": 3, "K": 5, "N": 7}
+    problem = op_workloads._backward_problem(
+        op_workloads.PRODUCTS["cpu"][0], case, torch.float32, CPU
+    )
+    assert problem.work == {"C": 2.5 * 2 * 3 * 5 * 7, "B": 4 * (2 * (3 * 5 + 7 * 5 + 7) + 3 * 7)}
 
 
 def tiny(prepare, contenders, lengths="cola-128x3", dtype=torch.float32):
@@ -341,19 +360,19 @@ def test_a_backend_that_does_not_take_the_inputs_is_skipped_and_a_crash_is_not()
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter is not timed")
 def test_a_training_step_with_wrong_gradients_fails():
-    def doubled(problem):
+    def off(problem):
         forward = contenders.SDPA.forward(problem)
 
         def wrong(**batch):
-            return 2 * forward(**batch)
+            return 1.001 * forward(**batch)
 
         wrong.model = forward.model
         return wrong
 
-    models = (contenders.SDPA, contenders.OURS, contenders.Model("doubled", doubled))
+    models = (contenders.SDPA, contenders.OURS, contenders.Model("off", off))
     found = measured(tiny(model_workloads._step, tuple(map(model_workloads._training, models))))
     assert {name: row["status"] for name, row in found.items()} == {
-        "stock sdpa": "ok", "ours": "ok", "doubled": "FAILED"
+        "stock sdpa": "ok", "ours": "ok", "off": "FAILED"
     }  # fmt: skip
 
 
@@ -400,7 +419,7 @@ def test_tf32_is_allowed_where_it_is_asked_for_alone():
         return lambda inputs: run
 
     it = Contender("it", build, lambda result, inputs: [result])
-    for tf32 in (True, False):
+    for tf32 in (False, True):
         seen.clear()
         found = measured(Workload("w", torch.float32, (it,), "it", lambda: problem, tf32=tf32))
         assert set(seen) == {tf32}
