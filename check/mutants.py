@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from examine import examine
 from rich.console import Console
@@ -535,11 +537,18 @@ def _baseline(name):
     return examine(spec), time.process_time() - started
 
 
+def _begin():
+    """In a worker: one thread, and not a word of numpy's on the NaN of wrong kernels."""
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    warnings.simplefilter("ignore")
+
+
 def campaign(mutants, jobs):
     """The verdict on each mutant, in order; raises where an op is at fault without one."""
     names = list(dict.fromkeys(m.op for m in mutants))
     # Spawned, as a fork of a process with torch's threads may hang.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin) as pool:
         baselines = dict(zip(names, pool.map(_baseline, names)))
         for op, (fault, _) in baselines.items():
             if fault:
