@@ -1,4 +1,4 @@
-"""BERT on Triton kernels: transformers' classes, without the padding.
+"""BERT and its family on Triton kernels: transformers' classes, without the padding.
 
     model = bert_fast.BertModel.from_pretrained("bert-base-uncased")
     model = bert_fast.accelerate(any_model_with_a_bert_inside)
@@ -8,31 +8,10 @@
 
 from importlib.metadata import version
 
-from .modeling import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertLMHeadModel,
-    BertModel,
-)
+from . import modeling
+from .modeling import *  # noqa: F403
 from .swap import accelerate, report, restore
 
 __version__ = version("bert_fast")
-__all__ = [
-    "BertForMaskedLM",
-    "BertForMultipleChoice",
-    "BertForNextSentencePrediction",
-    "BertForPreTraining",
-    "BertForQuestionAnswering",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertLMHeadModel",
-    "BertModel",
-    "accelerate",
-    "report",
-    "restore",
-]
+__all__ = ["accelerate", "report", "restore"]
+__all__ += modeling.__all__

@@ -4,12 +4,14 @@ A reason is a short phrase that names what stands in the way, as report(model) p
 """
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.modules import module as nn_module
 from transformers.activations import ACT2FN
-from transformers.models.bert import modeling_bert as stock
 
+from .architectures import ARCHITECTURES, find
 from .kernels import missing
+from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
 
 try:  # in later transformers 5; before, recording replaces `forward` on the modules meanwhile
@@ -18,14 +20,13 @@ except ImportError:
     output_capturing = None
 
 EXACT_GELU = type(ACT2FN["gelu"])
-MODULES = {  # what the encoder may be made of: exactly these, no subclass
-    stock.BertEmbeddings, stock.BertEncoder, stock.BertLayer, stock.BertAttention,
-    stock.BertSelfAttention, stock.BertSelfOutput, stock.BertIntermediate, stock.BertOutput,
-    stock.BertCrossAttention, nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout,
-    EXACT_GELU,
-}  # fmt: skip
+MODULES = {  # what an encoder may be made of: exactly these, no subclass
+    nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, EXACT_GELU,
+}.union(*(architecture.classes() for architecture in ARCHITECTURES))  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-ATTENTIONS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", None}
+ATTENTIONS = {
+    "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
+}  # fmt: skip
 # Keywords of transformers that a forward may carry without any effect on the encoder.
 HARMLESS = {
     "return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch",
@@ -33,35 +34,70 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def reason_of_call(model, mask, encoder_hidden_states, past_key_values, use_cache, kwargs):
+def reason_of_call(model, inputs, kwargs):
     """Why the kernels do not cover this call of `model`; None where they do."""
-    config = model.config
     if asked(model, kwargs, "output_attentions"):
         return "output_attentions"
     hidden_states = asked(model, kwargs, "output_hidden_states")
     if hidden_states and (hidden_states is not True or torch.is_grad_enabled()):
         # With gradients, they must reach the hidden states that are handed out.
         return "output_hidden_states with gradients or a selection of layers"
-    if past_key_values is not None:
-        return "past_key_values"
-    if config.is_decoder and (config.use_cache if use_cache is None else use_cache):
-        return "use_cache in a decoder"
-    if encoder_hidden_states is not None:
-        return "encoder_hidden_states"
-    if mask is not None:
+    if reason := _reason_of_cache(model, inputs):
+        return reason
+    states = inputs.encoder_hidden_states
+    if states is not None and not decodes(model):
+        return "encoder_hidden_states in an encoder"
+    if decodes(model) and (states is not None) != bool(model.config.add_cross_attention):
+        if states is None:
+            return "cross-attention layers without encoder_hidden_states"
+        return "encoder_hidden_states without config.add_cross_attention"
+    for name in ("attention_mask", "encoder_attention_mask"):
+        mask = getattr(inputs, name)
+        if mask is None:
+            continue
         if not isinstance(mask, torch.Tensor):
-            return f"attention_mask of type {type(mask).__name__}"
+            return f"{name} of type {type(mask).__name__}"
         if mask.ndim > 2:
-            return f"{mask.ndim}-D attention_mask"
+            return f"{mask.ndim}-D {name}"
     for name, value in kwargs.items():
         if name not in HARMLESS and value is not None:
             return f"keyword {name}"
     return None
 
 
+def decodes(model):
+    """Whether a model attends causally, and may have cross attention and a cache."""
+    return model.architecture.cross_attention is not None and bool(model.config.is_decoder)
+
+
+def caches(model, inputs):
+    """Whether this call is to return a key-value cache."""
+    asked_for = model.config.use_cache if inputs.use_cache is None else inputs.use_cache
+    return decodes(model) and bool(asked_for)
+
+
+def _reason_of_cache(model, inputs):
+    """The kernels fill a new cache. To attend to what is in one already is left to stock."""
+    if caches(model, inputs) and torch.compiler.is_compiling():
+        return "use_cache in a decoder under torch.compile"
+    cache = inputs.past_key_values
+    if cache is None:
+        return None
+    parts = [cache]
+    if type(cache) is transformers.EncoderDecoderCache:
+        parts = [cache.self_attention_cache, cache.cross_attention_cache]
+    elif inputs.encoder_hidden_states is not None:
+        return f"past_key_values of type {type(cache).__name__} beside encoder_hidden_states"
+    if not caches(model, inputs) or any(type(p) is not transformers.DynamicCache for p in parts):
+        return f"past_key_values of type {type(parts[0]).__name__}"
+    if any(p.get_seq_length() for p in parts):
+        return "past_key_values: a step with a key-value cache"
+    return None
+
+
 def reason_of_model(model):
     """Why the kernels do not cover `model` as it is now; None where they do."""
-    weight = model.embeddings._modules["word_embeddings"].weight
+    weight = find(model, model.architecture.embeddings).word.weight
     device, dtype = weight.device, weight.dtype
     if reason := missing(device):
         return reason
@@ -78,7 +114,8 @@ def reason_of_model(model):
         return "torch.autocast"
     if torch.jit.is_tracing():
         return "torch.jit tracing"
-    if model.gradient_checkpointing and model.training:
+    layers = model.architecture.layers(model)
+    if model.training and any(m.__dict__.get("gradient_checkpointing") for m in layers):
         return "gradient checkpointing"
     if torch.compiler.is_compiling():  # dynamo runs hooks itself, or breaks the graph for them
         return _first_reason(model, dtype, device, hooks=False)
@@ -96,13 +133,38 @@ def asked(model, kwargs, name):
 
 
 def _first_reason(model, dtype, device, hooks):
+    architecture = model.architecture
     index = device.index if device.type == "cuda" else -1  # as Tensor.get_device has it
-    todo = [model._modules["embeddings"], model._modules["encoder"]]
+    names = ("embeddings", architecture.project, architecture.encoder)
+    todo = [model._modules[name] for name in names if name in model._modules]
     for module in todo:
         if reason := _reason_of_module(module, dtype, index, hooks):
-            path = next(path for path, m in model.named_modules() if m is module)
-            return f"{path}: {reason}"
+            return f"{_path(model, module)}: {reason}"
         todo += module._modules.values()
+    for layer in architecture.layers(model):
+        if reason := _reason_of_layer(model, layer):
+            return f"{_path(model, layer)}: {reason}"
+    return None
+
+
+def _path(model, module):
+    return next(path for path, m in model.named_modules() if m is module)
+
+
+def _reason_of_layer(model, layer):
+    """As reason_of_model, of how the modules of a layer fit together."""
+    config, architecture = model.config, model.architecture
+    activation = find(layer, architecture.feed_forward).activation
+    if type(activation) is not EXACT_GELU:
+        return f"activation {getattr(activation, '__qualname__', type(activation).__qualname__)}"
+    if getattr(layer, "is_decoder", False) != decodes(model):
+        return f"config.is_decoder is {config.is_decoder}, and was not when the model was made"
+    for part in architecture.attentions(layer):
+        D = part.core.attention_head_size
+        if part.query.weight.shape[0] != config.num_attention_heads * D:
+            return f"pruned heads: not {config.num_attention_heads} (config.num_attention_heads)"
+        if D > MAX_D:
+            return f"heads of {D}, the kernels take {MAX_D} at most"
     return None
 
 
@@ -136,11 +198,6 @@ def _reason_of_module(module, dtype, device_index, hooks):
     elif kind is nn.Embedding:
         if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
             return "max_norm, sparse or scale_grad_by_freq"
-    elif kind is stock.BertSelfAttention:
-        if module.query.weight.shape[0] != module.num_attention_heads * module.attention_head_size:
-            return "pruned heads"
-        if module.attention_head_size > 256:
-            return f"heads of {module.attention_head_size}, the kernels take 256 at most"
     return None
 
 

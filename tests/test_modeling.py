@@ -15,7 +15,10 @@ from models import (
     HEADS,
     B,
     S,
+    assert_errs_no_more_than_stock,
     assert_ran_fast,
+    assert_same_training,
+    assert_same_vectors,
     config_of,
     ids_of,
     masks,
@@ -32,95 +35,18 @@ from bert_fast.kernels.launch import INTERPRET
 
 @pytest.mark.parametrize("kind", masks())
 def test_every_mask_gives_the_stock_vectors_and_zeros_elsewhere(kind, device):
-    stock = stock_model(device=device)
-    fast = bert_fast.accelerate(copy.deepcopy(stock))
-    mask = masks(device)[kind]
-    ids, types = ids_of(device), ids_of(device, high=2)
-    with torch.no_grad():
-        ours = fast(ids, mask, types)
-        theirs = stock(ids, mask, types)
-    where = tokens(mask, device)
-    assert_ran_fast(fast)
-    assert (ours.last_hidden_state - theirs.last_hidden_state)[where].abs().amax(
-    ) < 1e-5 if where.any() else True
-    assert not ours.last_hidden_state[~where].any()
-    first = where[:, 0]
-    torch.testing.assert_close(
-        ours.pooler_output[first], theirs.pooler_output[first], atol=1e-5, rtol=0
-    )
-    assert ours.pooler_output.isfinite().all()
-
-
-def loss_of(name, model, ids, mask, device):
-    """The outputs of a model with a head that has labels, so that gradients can be compared.
-
-    Positions without a token carry no label: stock has numbers without a meaning there.
-    """
-    labels = ids.masked_fill(mask == 0, -100)
-    keywords = {"input_ids": ids, "attention_mask": mask}
-    classes = torch.arange(B, device=device) % 2
-    if name == "BertForMultipleChoice":
-        keywords = {k: v[:4].view(2, 2, S) for k, v in keywords.items()}
-        keywords["labels"] = classes[:2]
-    elif name == "BertForPreTraining":
-        keywords |= {"labels": labels, "next_sentence_label": classes}
-    elif name in ("BertForNextSentencePrediction", "BertForSequenceClassification"):
-        keywords["labels"] = classes
-    elif name == "BertForTokenClassification":
-        keywords["labels"] = torch.where(labels < 0, labels, labels % 3)
-    elif name == "BertForQuestionAnswering":
-        pass  # its softmax runs over all positions, so its loss differs by design
-    elif name != "BertModel":
-        keywords["labels"] = labels
-    out = model(**keywords)
-    if out.get("loss") is not None:
-        return out, out.loss
-    values = out.start_logits if "start_logits" in out else out.last_hidden_state[..., 0]
-    return out, (values * (mask != 0)).square().mean()
+    assert_same_vectors("BertModel", masks(device)[kind], device)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_each_class_gives_stock_outputs_losses_and_gradients(name, device):
-    stock = stock_model(name, device)
-    fast = getattr(bert_fast, name)(stock.config).eval().to(device)
-    fast.load_state_dict(stock.state_dict())
-    assert isinstance(fast, getattr(transformers, name))
-    assert fast.state_dict().keys() == stock.state_dict().keys()
-    mask = masks(device)["right"]
-    (ours, our_loss), (theirs, their_loss) = (
-        loss_of(name, model, ids_of(device), mask, device) for model in (fast, stock)
-    )
-    assert_ran_fast(fast)
-    assert ours.keys() == theirs.keys()
-    torch.testing.assert_close(our_loss, their_loss, atol=1e-5, rtol=1e-5)
-    our_loss.backward()
-    their_loss.backward()
-    for (key, p), (_, q) in zip(fast.named_parameters(), stock.named_parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), key
-        if q.grad is not None:
-            scale = q.grad.abs().max().item()
-            torch.testing.assert_close(
-                p.grad, q.grad, atol=1e-5 + 1e-4 * scale, rtol=0, msg=lambda m, k=key: f"{k} {m}"
-            )
+    assert_same_training(name, device)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("name", HEADS)
 def test_half_precision_errs_no_more_than_stock(name, dtype, device):
-    """Root mean square error against fp64: at most 1.2 times stock's in the same dtype."""
-    stock = stock_model(name, device, dtype)
-    exact = copy.deepcopy(stock).double()
-    fast = bert_fast.accelerate(copy.deepcopy(stock))
-    mask = masks(device)["right"].repeat(12, 1)  # enough sequences for a mean of pooled outputs
-    keywords = {"input_ids": ids_of(device, shape=mask.shape), "attention_mask": mask}
-    if name == "BertForMultipleChoice":
-        keywords = {k: v.view(-1, 2, S) for k, v in keywords.items()}
-    with torch.no_grad():
-        ours, theirs, truth = (model(**keywords)[0].double() for model in (fast, stock, exact))
-    where = mask != 0 if truth.shape[:2] == mask.shape else slice(None)
-    error, allowed = ((x - truth)[where].square().mean().sqrt() for x in (ours, theirs))
-    assert_ran_fast(fast)
-    assert error <= 1.2 * allowed
+    assert_errs_no_more_than_stock(name, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

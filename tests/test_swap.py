@@ -24,7 +24,7 @@ from models import (
 )
 
 import bert_fast
-from bert_fast import modeling
+from bert_fast import encoder
 from bert_fast.kernels.launch import INTERPRET
 
 
@@ -135,21 +135,6 @@ def test_autocast_runs_stock_and_is_named(device):
     with torch.autocast(device, torch.bfloat16):
         fast(ids_of(device))
     assert_ran_stock(fast, "torch.autocast")
-
-
-def test_a_cache_and_cross_attention_run_stock_and_are_named(device):
-    fast = bert_fast.accelerate(
-        stock_model(device=device, is_decoder=True, add_cross_attention=True)
-    )
-    out = fast(ids_of(device))
-    assert out.past_key_values is not None
-    assert_ran_stock(fast, "use_cache in a decoder")
-    fast = bert_fast.accelerate(
-        stock_model(device=device, is_decoder=True, add_cross_attention=True)
-    )
-    states = torch.randn(B, 3, 64, device=device)
-    fast(ids_of(device), encoder_hidden_states=states, use_cache=False)
-    assert_ran_stock(fast, "encoder_hidden_states")
 
 
 @pytest.mark.parametrize("where", ["encoder.layer.0.attention.self.query", "embeddings", "encoder"])
@@ -324,10 +309,15 @@ def test_accelerating_twice_or_restoring_an_untouched_model_does_nothing_and_say
 
 
 def test_accelerate_without_a_bert_names_what_it_found():
-    config = transformers.DistilBertConfig(dim=8, n_heads=1, n_layers=1, hidden_dim=8, vocab_size=9)
+    config = transformers.MPNetConfig(
+        hidden_size=8, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=9
+    )
     with pytest.raises(ValueError) as caught:
-        bert_fast.accelerate(transformers.DistilBertModel(config))
-    assert "looked for transformers.BertModel inside DistilBertModel" in str(caught.value)
+        bert_fast.accelerate(transformers.MPNetModel(config))
+    assert "looked for transformers.BertModel inside MPNetModel, or CamembertModel," in str(
+        caught.value
+    )
+    assert "found MPNetModel" in str(caught.value)
     with pytest.raises(ValueError, match="found no such module"):
         bert_fast.accelerate(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got str"):
@@ -391,7 +381,7 @@ def test_query_key_value_become_rows_of_one_tensor_and_stay_the_same_parameters(
     assert all(a is b for a, b in zip(after, before))
     assert all(torch.equal(a, b) for a, b in zip(after, values))
     assert len({p.untyped_storage().data_ptr() for p in after}) == 1
-    stacked = modeling.as_one(*after)
+    stacked = encoder.as_one(*after)
     assert torch.equal(stacked, torch.cat(values))
     assert stacked.data_ptr() == after[0].data_ptr()
 

@@ -1,0 +1,277 @@
+"""The encoder, written once over the ops for every architecture: what is computed for a call.
+
+    input_ids, attention_mask [B, S]
+      Tokens        row_index, cu_seqlens: where the T tokens are
+      embed         word + position + token type, LayerNorm            x [T, H]
+      each layer    q, k, v in one product -> attention -> product     [T, 3H] -> [T, H]
+                    LayerNorm(... + x)                                 x [T, H]
+                    in a decoder, the same over the encoder's tokens   [T, H], [Tk, 2H] -> [T, H]
+                    product -> GELU -> product                         [T, 4H] -> [T, H]
+                    LayerNorm(... + x)                                 x [T, H]
+      unpack        zeros where there is no token                      [B, S, H]
+
+The ops find their implementation by device. Where a module is, architectures.py says.
+"""
+
+import collections
+import threading
+from typing import NamedTuple
+
+import torch
+
+from . import kernels as ops
+from .architectures import find
+
+
+# -- tokens ---------------------------------------------------------------------------------
+class Tokens:
+    """Where the tokens of a batch [B, S] are; `cu_seqlens` as attention takes it.
+
+    row_index, packed_row   as of `pack`; None for a batch without padding, which is packed already
+    num_tokens              T on the device, for tensors of B * S rows; None for tensors of T rows
+
+    static  whether T stays on the device; None means where no shape may depend on data. Else it is
+            read, which is one wait for the GPU, so that products do not compute the padding.
+    """
+
+    def __init__(self, attention_mask, B, S, device, static=None):
+        self.shape = (B, S)
+        self.row_index = self.packed_row = self.num_tokens = None
+        if attention_mask is None:
+            self.cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=device) * S
+            return
+        row_index, packed_row, self.cu_seqlens = ops.pack(attention_mask)
+        if _shapes_are_static(device) if static is None else static:
+            self.row_index, self.packed_row = row_index, packed_row
+            self.num_tokens = self.cu_seqlens[-1:]
+            return
+        T = int(self.cu_seqlens[-1])
+        if T < B * S:
+            self.row_index, self.packed_row = row_index[:T], packed_row
+
+    def pack(self, x):
+        """x [B, S, ...] without its padding: [T, ...], or B * S rows beside num_tokens."""
+        x = x.flatten(0, 1)
+        return x if self.row_index is None else x.index_select(0, self.row_index)
+
+    def unpack(self, x):
+        """x [T, H] at its positions: [B, S, H]."""
+        if self.packed_row is None:
+            return x.view(*self.shape, x.shape[1])
+        return ops.unpack(x, self.packed_row)
+
+
+def _shapes_are_static(device):
+    """Whether no shape may depend on data: torch.compile, torch.export, CUDA graph capture."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Memory(NamedTuple):
+    """What a decoder's cross attention reads: the states of an encoder, packed."""
+
+    states: torch.Tensor  # [Tk, H]
+    tokens: Tokens
+
+
+# -- the encoder ----------------------------------------------------------------------------
+def embed(model, input_ids, inputs_embeds, token_type_ids, position_ids, tokens):
+    """The embeddings of the tokens: [T, H]."""
+    architecture = model.architecture
+    parts = find(model, architecture.embeddings)
+    if position_ids is None and architecture.position_ids:
+        position_ids = architecture.position_ids(model, input_ids, inputs_embeds)
+    word, norm = parts.word.weight, parts.norm
+    x = ops.embedding(
+        input_ids,
+        word,
+        _frozen_row(parts.position.weight, parts.position.padding_idx),
+        parts.token_type.weight if parts.token_type else word.new_zeros(1, word.shape[1]),
+        norm.weight,
+        norm.bias,
+        inputs_embeds=inputs_embeds,
+        token_type_ids=token_type_ids,
+        position_ids=position_ids,
+        row_index=tokens.row_index,
+        eps=norm.eps,
+        padding_idx=parts.word.padding_idx,
+        num_tokens=tokens.num_tokens,
+    )
+    project = architecture.project and model._modules.get(architecture.project)
+    return _product(project, x, tokens) if project else x
+
+
+class _FrozenRow(torch.autograd.Function):
+    """A table itself, one row of which gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, table, row):
+        ctx.row = row
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[ctx.row] = 0
+        return grad, None
+
+
+def _frozen_row(table, padding_idx):
+    """A table as torch.nn.Embedding has it: row padding_idx, if there is one, is not trained."""
+    if padding_idx is None or not (table.requires_grad and torch.is_grad_enabled()):
+        return table
+    return _FrozenRow.apply(table, padding_idx)
+
+
+def layer_forward(architecture, layer, x, tokens, causal, memory=None, cache=None, index=0):
+    """One layer: x [T, H] -> [T, H]. A cache of transformers gets its keys and values, as layer
+    `index`."""
+    part = find(layer, architecture.attention)
+    x = _add_norm(part, _attend(part, x, tokens, causal, cache, index), x, tokens)
+    if memory is not None:
+        part = find(layer, architecture.cross_attention)
+        x = _add_norm(part, _attend_to(part, x, tokens, memory, cache, index), x, tokens)
+    part = find(layer, architecture.feed_forward)
+    h = _product(part.up, x, tokens, "gelu")
+    h = _product(part.down, h, tokens)
+    return _norm(part.norm, h, x, tokens)
+
+
+def _attend(part, x, tokens, causal, cache, index):
+    """Self attention: x [T, H] -> [T, H]."""
+    q, k, v = _products(x, tokens, part.core, part.query, part.key, part.value)
+    if cache is not None:
+        _keep(getattr(cache, "self_attention_cache", cache), index, k, v, tokens)
+    o = ops.attention(
+        q, k, v, tokens.cu_seqlens, tokens.shape[1],
+        causal=causal, scale=part.core.scaling, num_tokens=tokens.num_tokens,
+    )  # fmt: skip
+    return o.flatten(1)
+
+
+def _attend_to(part, x, tokens, memory, cache, index):
+    """Cross attention: x [T, H] asks, memory [Tk, H] answers -> [T, H]."""
+    (q,) = _products(x, tokens, part.core, part.query)
+    k, v = _products(memory.states, memory.tokens, part.core, part.key, part.value)
+    if cache is not None:
+        _keep(cache.cross_attention_cache, index, k, v, memory.tokens)
+        cache.is_updated[index] = True
+    o = ops.attention(
+        q, k, v, tokens.cu_seqlens, tokens.shape[1],
+        cu_seqlens_k=memory.tokens.cu_seqlens, max_seqlen_k=memory.tokens.shape[1],
+        scale=part.core.scaling, num_tokens=tokens.num_tokens,
+    )  # fmt: skip
+    return o.flatten(1)
+
+
+def _products(x, tokens, core, *linears):
+    """The products of x [T, H] with one or more Linears of equal size: [T, heads, D] of each."""
+    weight, bias = (as_one(*(getattr(m, n) for m in linears)) for n in ("weight", "bias"))
+    y = ops.linear(x, weight, bias, num_tokens=tokens.num_tokens)
+    D = core.attention_head_size
+    return y.view(len(x), len(linears), weight.shape[0] // (len(linears) * D), D).unbind(1)
+
+
+def _product(linear, x, tokens, activation=None):
+    return ops.linear(x, linear.weight, linear.bias, activation, tokens.num_tokens)
+
+
+def _add_norm(part, h, x, tokens):
+    """LayerNorm(dense(h) + x): the end of an attention."""
+    return _norm(part.norm, _product(part.dense, h, tokens), x, tokens)
+
+
+def _norm(norm, h, residual, tokens):
+    return ops.layer_norm(
+        h,
+        norm.weight,
+        norm.bias,
+        residual=residual,
+        eps=norm.eps,
+        num_tokens=tokens.num_tokens,
+    )
+
+
+def _keep(cache, index, k, v, tokens):
+    """Put k and v [T, heads, D] into layer `index` of a cache, at their positions."""
+    k, v = (tokens.unpack(t.flatten(1)).unflatten(2, t.shape[1:]).transpose(1, 2) for t in (k, v))
+    cache.update(k, v, index)
+
+
+# -- q, k, v as one product -----------------------------------------------------------------
+_moving = threading.Lock()
+
+
+class _AsOne(torch.autograd.Function):
+    """`stacked`, which parts are the rows of: gradients go to the parts."""
+
+    @staticmethod
+    def forward(ctx, stacked, *parts):
+        ctx.sizes = [len(p) for p in parts]
+        return stacked.view_as(stacked)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *grad.split(ctx.sizes)
+
+
+def as_one(*parts):
+    """The parameters parts [N, ...] as one tensor [len(parts) * N, ...], with no copy if possible.
+
+    The first call moves the parameters into one storage, in which they stay rows of one tensor: the
+    same parameters under the same names, no memory more, and never out of date whoever writes to
+    them. Where they cannot be moved (shared with other processes, views of someone's buffer,
+    torch.compile), they are concatenated at every call. One alone is as it is.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if torch.compiler.is_compiling():
+        return torch.cat(parts)
+    if not _adjacent(parts):
+        with _moving:  # another thread may have moved them meanwhile
+            if not _adjacent(parts):
+                if not all(map(_movable, parts)):
+                    return torch.cat(parts)
+                with torch.inference_mode(False), torch.no_grad():
+                    rows = torch.cat(parts).split([len(p) for p in parts])
+                for p, row in zip(parts, rows):
+                    p.data = row
+    first = parts[0].detach()
+    stacked = first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
+        return _AsOne.apply(stacked, *parts)
+    return stacked
+
+
+def _adjacent(parts):
+    """Whether parts are equal in shape and follow each other in one storage."""
+    first = parts[0]
+    start, size = first.data_ptr(), first.nbytes
+    return all(
+        p.data_ptr() == start + i * size and p.shape == first.shape and p.is_contiguous()
+        for i, p in enumerate(parts)
+    ) and first.untyped_storage().nbytes() >= size * len(parts)
+
+
+def _movable(p):
+    return (
+        isinstance(p, torch.nn.Parameter)
+        and not p.is_inference()
+        and p.untyped_storage().nbytes() == p.nbytes
+        and not (p.device.type == "cpu" and p.is_shared())
+    )
+
+
+def split_storage(model):
+    """Undo as_one: give each parameter that it moved a storage of its own, bits unchanged."""
+    sharing = collections.defaultdict(list)
+    for p in model.parameters():
+        storage = p.untyped_storage() if type(p) is torch.nn.Parameter else None
+        if storage is not None and storage.nbytes() > p.nbytes:
+            sharing[storage.data_ptr()].append(p)
+    for parts in sharing.values():
+        size = parts[0].untyped_storage().nbytes()
+        if len(parts) in (2, 3) and _adjacent(parts) and size == sum(p.nbytes for p in parts):
+            for p in parts:
+                p.data = p.data.clone()

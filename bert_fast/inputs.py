@@ -1,0 +1,104 @@
+"""What a call gives an encoder, and the errors for what cannot be meant."""
+
+from typing import NamedTuple
+
+import torch
+import transformers
+
+from .architectures import find
+
+
+class Inputs(NamedTuple):
+    """The arguments of a forward. B sequences of S positions, and Sk of an encoder beside them."""
+
+    input_ids: torch.Tensor | None = None  # integer [B, S]
+    attention_mask: torch.Tensor | None = None  # [B, S], what is not zero is a token
+    token_type_ids: torch.Tensor | None = None  # integer [B, S] or [1, S]
+    position_ids: torch.Tensor | None = None  # integer [B, S] or [1, S]
+    inputs_embeds: torch.Tensor | None = None  # [B, S, width of the embeddings]
+    encoder_hidden_states: torch.Tensor | None = None  # [B, Sk, H]
+    encoder_attention_mask: torch.Tensor | None = None  # [B, Sk]
+    past_key_values: transformers.Cache | None = None
+    use_cache: bool | None = None
+
+    def shape(self):
+        return tuple((self.inputs_embeds if self.input_ids is None else self.input_ids).shape[:2])
+
+
+def check(model, inputs):
+    """Raise ValueError for inputs that do not fit, or return the reason to leave them to stock."""
+    me = type(model).__name__
+    if (inputs.input_ids is None) == (inputs.inputs_embeds is None):
+        given = "neither" if inputs.input_ids is None else "both"
+        raise ValueError(f"{me}: give input_ids or inputs_embeds, one of them; got {given}")
+    if inputs.inputs_embeds is None:
+        name, x, want, ndim = "input_ids", inputs.input_ids, "[batch, length]", 2
+    else:
+        name, x, want, ndim = "inputs_embeds", inputs.inputs_embeds, "[batch, length, hidden]", 3
+    if x.ndim != ndim:
+        raise ValueError(f"{me}: {name} must be {want}, got {list(x.shape)}")
+    B, S = x.shape[:2]
+    weight = find(model, model.architecture.embeddings).word.weight
+    for other_name in (name, "token_type_ids", "position_ids", "encoder_hidden_states"):
+        t = getattr(inputs, other_name)
+        if t is not None and t.device != weight.device:
+            raise ValueError(
+                f"{me}: {other_name} is on {t.device} and the model on {weight.device};"
+                f" move it with .to({str(weight.device)!r})"
+            )
+    for other_name in ("inputs_embeds", "encoder_hidden_states"):
+        t = getattr(inputs, other_name)
+        if t is not None and t.dtype != weight.dtype:
+            return f"{other_name} in {t.dtype}, weights in {weight.dtype}"
+    _check_positions(model, inputs, name, S)
+    if S == 0 and getattr(model, "pooler", None) is not None:
+        raise ValueError(f"{me}: {name} has length 0; the pooler needs a first position")
+    for other_name in ("token_type_ids", "position_ids"):
+        t = getattr(inputs, other_name)
+        if t is not None and t.shape not in ((B, S), (1, S)):
+            raise ValueError(
+                f"{me}: {other_name} must be [{B}, {S}] like {name}, got {list(t.shape)}"
+            )
+    states = inputs.encoder_hidden_states
+    if states is not None and (states.ndim != 3 or len(states) != B):
+        want = f"[{B}, length, hidden] like {name}"
+        raise ValueError(f"{me}: encoder_hidden_states must be {want}, got {list(states.shape)}")
+    return _check_mask(me, "attention_mask", inputs.attention_mask, name, (B, S)) or (
+        states is not None
+        and _check_mask(
+            me, "encoder_attention_mask", inputs.encoder_attention_mask,
+            "encoder_hidden_states", tuple(states.shape[:2]),
+        )
+    ) or None  # fmt: skip
+
+
+def _check_mask(me, name, mask, like, shape):
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[0] != shape[0]:
+        want = f"{list(shape)} like {like}"
+        raise ValueError(f"{me}: {name} must be {want}, got {list(mask.shape)}")
+    if mask.shape[1] != shape[1]:
+        whose = "the input" if like != "encoder_hidden_states" else like
+        return f"{name} of another length than {whose}"
+    return None
+
+
+def _check_positions(model, inputs, name, S):
+    """Raise for more tokens than there are positions, where the model numbers them itself."""
+    rows = len(find(model, model.architecture.embeddings).position.weight)
+    if inputs.position_ids is not None:
+        return
+    count, room, less = S, rows, ""
+    if model.architecture.position_ids is not None:
+        first = model.embeddings.padding_idx + 1
+        room, less = rows - first, f" less {first}, as counting starts after the padding id"
+        if count > room and inputs.input_ids is not None and not torch.compiler.is_compiling():
+            # Padding ids take no position. Only here does the check wait for a GPU.
+            count = max((inputs.input_ids != first - 1).sum(1).tolist(), default=0)
+    if count > room:
+        raise ValueError(
+            f"{type(model).__name__}: the model has {room} positions (max_position_embeddings"
+            f"{less}), {name} has {count};"
+            " truncate with tokenizer(..., truncation=True) or split the text"
+        )
