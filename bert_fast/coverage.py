@@ -72,8 +72,9 @@ def decodes(model):
 
 def caches(model, inputs):
     """Whether this call is to return a key-value cache."""
-    asked_for = model.config.use_cache if inputs.use_cache is None else inputs.use_cache
-    return decodes(model) and bool(asked_for)
+    if not decodes(model):
+        return False
+    return bool(model.config.use_cache if inputs.use_cache is None else inputs.use_cache)
 
 
 def _reason_of_cache(model, inputs):
