@@ -1,6 +1,7 @@
 """BERT and its family on Triton kernels: transformers' classes, without the padding.
 
     model = bert_fast.BertModel.from_pretrained("bert-base-uncased")
+    model = bert_fast.AutoModel.from_pretrained("roberta-base")
     model = bert_fast.accelerate(any_model_with_a_bert_inside)
     print(bert_fast.report(model))
     bert_fast.restore(model)
@@ -8,10 +9,12 @@
 
 from importlib.metadata import version
 
-from . import modeling
+from . import attention_interface, auto, modeling
+from .auto import *  # noqa: F403
 from .modeling import *  # noqa: F403
 from .swap import accelerate, report, restore
 
 __version__ = version("bert_fast")
-__all__ = ["accelerate", "report", "restore"]
+__all__ = ["accelerate", "attention_interface", "report", "restore"]
+__all__ += auto.__all__
 __all__ += modeling.__all__

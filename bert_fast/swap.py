@@ -1,5 +1,6 @@
 """accelerate, restore and report: the kernels put into a model that is already there."""
 
+import collections
 import dataclasses
 import io
 
@@ -85,12 +86,22 @@ class Swapped:
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention:
+    """The attentions inside a model that ran through attn_implementation="bert_fast"."""
+
+    modules: int
+    fast_calls: int
+    stock_calls: dict[str, int]  # by reason
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What runs on the kernels inside a model, what did not, and why."""
 
     model: str
     swapped: tuple[Swapped, ...]
     stock: tuple[str, ...]  # paths of encoders that could be accelerated
+    attention: Attention | None = None  # None where none ran
 
     def to_dict(self):
         return dataclasses.asdict(self)
@@ -107,7 +118,12 @@ class Report:
                 print(f"    {count} calls on the stock forward: {reason}", file=out)
         for path in self.stock:
             print(f"  {path or 'the model itself'}: stock, not accelerated", file=out)
-        if not self.swapped and not self.stock:
+        if a := self.attention:
+            print(f'  {a.modules} attentions of attn_implementation="bert_fast":', file=out)
+            print(f"    {a.fast_calls} calls on the kernels", file=out)
+            for reason, count in a.stock_calls.items():
+                print(f"    {count} calls on transformers' own: {reason}", file=out)
+        if not self.swapped and not self.stock and not self.attention:
             print("  no BertModel in it, nor another that the kernels know", file=out)
         return out.getvalue().rstrip()
 
@@ -118,7 +134,7 @@ def report(model):
     `reason` and `backend` tell of a plain call as the model is now; the counts are of the calls
     since it was accelerated, of each encoder inside.
     """
-    swapped, stock = [], []
+    swapped, stock, attention = [], [], []
     for path, module in model.named_modules():
         if isinstance(module, tuple(ENCODERS)):
             weight = find(module, module.architecture.embeddings).word.weight
@@ -139,4 +155,13 @@ def report(model):
             )
         elif isinstance(module, tuple(ENCODERS.values())):
             stock.append(path)
-    return Report(type(model).__name__, tuple(swapped), tuple(stock))
+        elif "_bert_fast_calls" in vars(module):
+            attention.append(calls_of(module))
+    return Report(type(model).__name__, tuple(swapped), tuple(stock), _sum_up(attention))
+
+
+def _sum_up(calls):
+    if not calls:
+        return None
+    stock = sum((c.stock for c in calls), collections.Counter())
+    return Attention(len(calls), sum(c.fast for c in calls), dict(stock))
