@@ -27,7 +27,7 @@ from . import kernels as ops
 from .encoder import Tokens
 from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
-from .modeling import calls_of
+from .modeling import calls_of, logger
 
 NAME = "bert_fast"
 
@@ -55,18 +55,23 @@ def mask(mask_function=masking_utils.causal_mask_function, **kwargs):
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _check_model(config_class):
     """Raise where `mask` would reach an attention that is not asked through the interface."""
+    if name := _own_attention(config_class):
+        raise ValueError(
+            f'attn_implementation="{NAME}": {name} computes its attention itself, without'
+            ' transformers\' AttentionInterface; load it with attn_implementation="eager"'
+        )
+
+
+@functools.cache
+def _own_attention(config_class):
+    """The model of a config, if its attention is its own; None for one that is not known."""
     if config_class not in transformers.MODEL_MAPPING:
-        return
+        return None
     model = transformers.MODEL_MAPPING[config_class]
-    if getattr(model, "_supports_sdpa", True) or model._supports_attention_backend:
-        return
-    raise ValueError(
-        f'attn_implementation="{NAME}": {model.__name__} computes its attention itself, without'
-        ' transformers\' AttentionInterface; load it with attn_implementation="eager"'
-    )
+    through = getattr(model, "_supports_sdpa", True) or model._supports_attention_backend
+    return None if through else model.__name__
 
 
 def _as_sdpa_takes_it(mask, S):
@@ -99,8 +104,8 @@ def attend(
     else:
         causal = S > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
     reason = _reason(query, key, value, attention_mask, dropout, causal, kwargs)
-    if not torch.compiler.is_compiling():
-        calls_of(module).count(reason)
+    if not torch.compiler.is_compiling() and calls_of(module).count(reason):
+        _say(reason)
     if reason == "output_attentions":
         mask = _as_sdpa_takes_it(attention_mask, S)
         if mask is None and causal:
@@ -132,6 +137,11 @@ def attend(
         causal=causal, scale=scaling, num_tokens=queries.num_tokens,
     )  # fmt: skip
     return queries.unpack(o.flatten(1)).unflatten(2, o.shape[1:]), None
+
+
+@functools.cache  # a model has many attentions
+def _say(reason):
+    logger.warning("bert_fast: transformers' own attention runs: %s", reason)
 
 
 def _reason(query, key, value, mask, dropout, causal, kwargs):

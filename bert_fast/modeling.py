@@ -48,7 +48,7 @@ logger = logging.getLogger("bert_fast")
 
 # -- counting -------------------------------------------------------------------------------
 class Calls:
-    """How often a model ran on the kernels, and how often on the stock forward, and why."""
+    """How often a module ran on the kernels, how often stock ran in their place, and why."""
 
     def __init__(self):
         self.fast = 0
@@ -59,19 +59,17 @@ class Calls:
         return Calls, ()
 
     def count(self, reason):
-        """Add a call; log its reason (None for a fast one) the first time it occurs."""
+        """Add a call, None for a fast one; whether its reason occurs for the first time."""
         with self._lock:
             if reason is None:
                 self.fast += 1
-                return
+                return False
             self.stock[reason] += 1
-            first = self.stock[reason] == 1
-        if first:
-            logger.warning("bert_fast: the stock forward runs: %s", reason)
+            return self.stock[reason] == 1
 
 
 def calls_of(model):
-    """The Calls of a model with its encoder on the kernels."""
+    """The Calls of an encoder, or of an attention."""
     calls = model.__dict__.get("_bert_fast_calls")
     return calls or model.__dict__.setdefault("_bert_fast_calls", Calls())
 
@@ -94,8 +92,8 @@ class _Encoder:
         reason = reason_of_call(self, given, kwargs) or reason_of_model(self)
         if reason is None:
             reason = check(self, given)
-        if not torch.compiler.is_compiling():
-            calls_of(self).count(reason)
+        if not torch.compiler.is_compiling() and calls_of(self).count(reason):
+            logger.warning("bert_fast: the stock forward runs: %s", reason)
         if reason is not None:
             return stock_forward(**inputs, **kwargs)
         return self._run_on_kernels(given, kwargs)

@@ -20,7 +20,8 @@ def config_of(name="BertModel", **changes):
     """The config of a small model of a class of transformers, whatever its architecture."""
     changes = {
         "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "intermediate_size": 100, "max_position_embeddings": 40, "num_labels": 3,
+        "intermediate_size": 100, "max_position_embeddings": 40,
+        "num_labels": 2 if name.endswith("QuestionAnswering") else 3,
         "initializer_range": 0.2,  # attention that is neither uniform nor one-hot
         **changes,
     }  # fmt: skip
@@ -33,7 +34,6 @@ def config_of(name="BertModel", **changes):
 
 def stock_model(name="BertModel", device="cpu", dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    changes.setdefault("num_labels", 2 if name.endswith("QuestionAnswering") else 3)
     model = getattr(transformers, name)(config_of(name, **changes)).eval()
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():

@@ -182,7 +182,7 @@ def test_generation_gives_the_tokens_of_stock(use_cache, beams, device):
         "input_ids": ids_of(device, (B, SK)),
         "attention_mask": encoder_masks(device)["right"],
         "num_beams": beams,
-        "max_new_tokens": 12,
+        "max_new_tokens": 8,
         "use_cache": use_cache,
     }
     with torch.no_grad():

@@ -1,0 +1,261 @@
+"""attn_implementation="bert_fast": transformers' models with their own forward and our attention.
+
+Truth is the same model with transformers' sdpa, whose values at padded positions ours must have
+too, except in causal attention.
+"""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from models import HALVES, B, S, assert_ran_fast, ids_of, masks, stock_model, tokens
+from transformers import masking_utils
+
+import bert_fast
+
+FAMILY = [
+    "BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "ElectraModel",
+    "DistilBertModel", "AlbertModel",
+]  # fmt: skip
+SMALL = {
+    "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 100, "max_position_embeddings": 40, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def pair(stock, name="bert_fast"):
+    """A model, and a copy of it with our attention."""
+    ours = copy.deepcopy(stock)
+    ours.set_attn_implementation(name)
+    assert ours.config._attn_implementation == name
+    return ours, stock
+
+
+def made(model, config, **changes):
+    torch.manual_seed(0)
+    config = getattr(transformers, config)(**SMALL, **changes)
+    return getattr(transformers, model)(config).eval()
+
+
+def counted(model):
+    attention = bert_fast.report(model).attention
+    return attention.fast_calls, attention.stock_calls
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_padding_is_honoured_and_every_position_has_the_numbers_of_sdpa(name, device):
+    ours, stock = pair(stock_model(name, device))
+    for kind, mask in masks(device).items():
+        with torch.no_grad():
+            a, b = (m(ids_of(device), attention_mask=mask)[0] for m in (ours, stock))
+        where = slice(None) if mask is None else (mask != 0).any(1)  # rows that have tokens
+        torch.testing.assert_close(a[where], b[where], atol=1e-5, rtol=0, msg=kind)
+        assert a.isfinite().all()
+    assert counted(ours) == (2 * len(masks()), {})
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "DistilBertModel"])
+def test_half_precision_errs_no_more_than_sdpa(name, dtype, device):
+    ours, stock = pair(stock_model(name, device, dtype))
+    exact = copy.deepcopy(stock).double()
+    mask = masks(device)["right"].repeat(4, 1)
+    ids = ids_of(device, mask.shape)
+    with torch.no_grad():
+        a, b, truth = (m(ids, attention_mask=mask)[0].double() for m in (ours, stock, exact))
+    error, allowed = ((x - truth)[mask != 0].square().mean().sqrt() for x in (a, b))
+    assert error <= 1.2 * allowed
+
+
+@pytest.mark.parametrize("name", ["BertLMHeadModel", "RobertaForCausalLM"])
+def test_a_decoder_attends_causally_and_to_its_encoder(name, device):
+    ours, stock = pair(stock_model(name, device, is_decoder=True, add_cross_attention=True))
+    states = torch.randn(B, S, 64, generator=torch.manual_seed(3)).to(device)
+    for kind in ("none", "right", "left", "holes"):
+        mask = masks(device)[kind]
+        keywords = {
+            "attention_mask": mask,
+            "encoder_hidden_states": states,  # as long as the decoder, with another mask
+            "encoder_attention_mask": masks(device)["right"].flip(0),
+            "use_cache": False,
+        }
+        with torch.no_grad():
+            a, b = (m(ids_of(device), **keywords).logits for m in (ours, stock))
+        where = tokens(mask, device)
+        assert (a - b)[where].abs().max() < 1e-4, kind
+    assert counted(ours) == (16, {})
+
+
+def test_gradients_are_those_of_sdpa(device):
+    grads = []
+    models = pair(stock_model("RobertaModel", device))
+    mask = masks(device)["holes"]
+    for model in models:
+        model(ids_of(device), mask)[0][..., :9].square().sum().backward()
+        grads.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    for key, grad in grads[1].items():
+        close = 1e-5 + 1e-4 * grad.abs().max().item()
+        torch.testing.assert_close(grads[0][key], grad, atol=close, rtol=0)
+
+
+def test_bart_encodes_decodes_and_generates(device):
+    config = transformers.BartConfig(
+        vocab_size=99, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=100, decoder_ffn_dim=100, init_std=0.3,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ours, stock = pair(transformers.BartForConditionalGeneration(config).eval().to(device))
+    mask = masks(device)["left"]
+    keywords = {"input_ids": ids_of(device), "attention_mask": mask}
+    with torch.no_grad():
+        a, b = (
+            m(decoder_input_ids=ids_of(device, (B, 9)), **keywords).logits for m in (ours, stock)
+        )
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+        assert counted(ours) == (6, {})
+        a, b = (m.generate(**keywords, num_beams=2, max_new_tokens=6) for m in (ours, stock))
+    assert torch.equal(a, b)
+
+
+def test_a_sliding_window_is_left_to_sdpa_and_named(device):
+    """ModernBERT: layers in turn see all keys, or those nearby."""
+    ours, stock = pair(
+        made(
+            "ModernBertModel", "ModernBertConfig", local_attention=8, global_attn_every_n_layers=2,
+            cls_token_id=1, sep_token_id=2,
+        ).to(device)
+    )  # fmt: skip
+    mask = masks(device)["right"]
+    with torch.no_grad():
+        a, b = (m(ids_of(device), mask)[0] for m in (ours, stock))
+    torch.testing.assert_close(a[mask != 0], b[mask != 0], atol=1e-5, rtol=0)
+    assert counted(ours) == (1, {"4-D attention_mask": 1})
+
+
+def test_grouped_heads_and_position_biases_are_left_to_sdpa_and_named(device):
+    t5 = transformers.T5Config(
+        vocab_size=99, d_model=64, d_kv=16, d_ff=100, num_layers=2, num_heads=4
+    )
+    for model, reason in (
+        (made("LlamaModel", "LlamaConfig", num_key_value_heads=2), "fewer heads of keys"),
+        (transformers.T5EncoderModel(t5).eval(), "keyword position_bias"),
+    ):
+        ours, stock = pair(model.to(device))
+        mask = masks(device)["left"]
+        with torch.no_grad():
+            a, b = (m(input_ids=ids_of(device), attention_mask=mask)[0] for m in (ours, stock))
+        assert torch.equal(a[mask != 0], b[mask != 0])
+        fast, stock_calls = counted(ours)
+        assert fast == 0
+        assert [reason in key for key in stock_calls] == [True]
+
+
+CALLS = {
+    "4-D attention_mask": {"attention_mask": torch.ones(B, 1, S, S, dtype=torch.bool).tril()},
+    "torch.float64 queries": {},
+}
+
+
+@pytest.mark.parametrize("reason", CALLS)
+def test_a_call_that_is_not_covered_runs_sdpa_and_is_named(reason, device):
+    ours, stock = pair(stock_model(device=device))
+    if "float64" in reason:
+        ours, stock = ours.double(), stock.double()
+    keywords = {k: v.to(device) for k, v in CALLS[reason].items()}
+    with torch.no_grad():
+        a, b = (m(ids_of(device), **keywords)[0] for m in (ours, stock))
+    assert torch.equal(a, b)
+    assert counted(ours) == (0, {reason: 2})
+    assert f"2 calls on transformers' own: {reason}" in str(bert_fast.report(ours))
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_asked_for_attentions_it_gives_them(is_decoder, device):
+    stock = stock_model(device=device, is_decoder=is_decoder, attn_implementation="eager")
+    ours, stock = pair(stock)
+    for kind in ("none", "right", "holes"):
+        mask = masks(device)[kind]
+        with torch.no_grad():
+            a, b = (
+                m(ids_of(device), mask, output_attentions=True, use_cache=False)
+                for m in (ours, stock)
+            )
+        assert len(a.attentions) == 2
+        where = tokens(mask, device)
+        for p, q in zip((*a.attentions, a[0]), (*b.attentions, b[0]), strict=True):
+            p, q = (t.transpose(1, 2) if t.ndim == 4 else t for t in (p, q))
+            torch.testing.assert_close(p[where], q[where], atol=1e-5, rtol=0)
+    assert counted(ours) == (0, {"output_attentions": 6})
+
+
+def test_dropout_in_training_is_left_to_sdpa(device):
+    ours, stock = pair(stock_model(device=device).train())
+    mask = masks(device)["holes"]
+    results = []
+    for m in (ours, stock):
+        torch.manual_seed(5)
+        results.append(m(ids_of(device), mask)[0])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+    assert counted(ours) == (0, {"training with dropout 0.1": 2})
+
+
+def test_torch_compile_gives_one_graph_with_equal_results(device):
+    ours, _ = pair(stock_model("RobertaModel", device))
+    compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True)
+    mask = masks(device)["holes"].long()
+    with torch.no_grad():
+        a, b = (m(ids_of(device), mask)[0] for m in (compiled, ours))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_model_with_an_attention_of_its_own_is_an_error_that_says_so(device):
+    config = transformers.MPNetConfig(**SMALL)
+    model = transformers.MPNetModel._from_config(config, attn_implementation="bert_fast")
+    with pytest.raises(ValueError) as caught:
+        model.to(device)(ids_of(device))
+    assert 'attn_implementation="bert_fast": MPNetModel computes its attention itself' in str(
+        caught.value
+    )
+    assert 'load it with attn_implementation="eager"' in str(caught.value)
+
+
+def test_the_drop_in_classes_take_the_name_too(device):
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    fast.set_attn_implementation("bert_fast")
+    mask = masks(device)["right"]
+    with torch.no_grad():
+        fast(ids_of(device), mask)
+        assert_ran_fast(fast)
+        mask4 = torch.ones(B, 1, S, S, dtype=torch.bool, device=device).tril()
+        a, b = (m(ids_of(device), mask4)[0] for m in (fast, stock))
+    assert torch.equal(a, b)
+
+
+def test_it_comes_from_pretrained_by_name_and_counts_are_not_saved(tmp_path, device):
+    stock_model("RobertaModel").save_pretrained(tmp_path)
+    model = transformers.AutoModel.from_pretrained(tmp_path, attn_implementation="bert_fast")
+    model.to(device)(ids_of(device))
+    assert counted(model) == (2, {})
+    assert bert_fast.report(copy.deepcopy(model)).attention.fast_calls == 0
+
+
+def test_masks_of_other_shapes_are_made_as_for_sdpa(device):
+    """A window, a cache, a mask that must be there for another to be added: four dimensions."""
+    config = transformers.BertConfig(**SMALL)
+    config._attn_implementation = "bert_fast"
+    embeds, padding = torch.zeros(B, S, 64, device=device), masks(device)["right"]
+    make = masking_utils.create_bidirectional_mask
+    assert make(config, embeds, padding).shape == (B, S)
+    assert make(config, embeds, None) is None
+    overlay = masking_utils.sliding_window_bidirectional_overlay(3)
+    assert make(config, embeds, padding, and_mask_function=overlay).shape == (B, 1, S, S)
+    causal = masking_utils.create_causal_mask
+    assert causal(config, embeds, padding, past_key_values=None).shape == (B, 1, S)
+    cache = transformers.DynamicCache()
+    cache.update(torch.zeros(B, 4, 2, 16), torch.zeros(B, 4, 2, 16), 0)
+    longer = torch.cat((padding, padding[:, :2]), 1)
+    assert causal(config, embeds, longer, past_key_values=cache).shape == (B, 1, S, S + 2)
