@@ -44,9 +44,14 @@ class FeedForward(NamedTuple):
     norm: Any
 
 
+def at(module, path):
+    """What `module` has at a dotted path."""
+    return operator.attrgetter(path)(module)
+
+
 def find(module, paths):
     """`paths`, a NamedTuple of dotted paths, with what `module` has there in their place."""
-    return type(paths)(*(p and operator.attrgetter(p)(module) for p in paths))
+    return type(paths)(*(p and at(module, p) for p in paths))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +74,9 @@ class Architecture:
         return getattr(model, self.encoder).layer
 
     def attentions(self, layer):
-        """The one or two Attentions of a layer, found."""
-        yield find(layer, self.attention)
-        if self.cross_attention and getattr(layer, "add_cross_attention", False):
-            yield find(layer, self.cross_attention)
+        """The paths of the one or two attentions in a layer."""
+        crosses = self.cross_attention and getattr(layer, "add_cross_attention", False)
+        return (self.attention, self.cross_attention) if crosses else (self.attention,)
 
     def classes(self):
         """The classes that its encoder may be made of."""

@@ -44,7 +44,7 @@ def mask(mask_function=masking_utils.causal_mask_function, **kwargs):
     # transformers 5.0 has the positions of the queries, later ones their number and the first.
     positions = kwargs.get("cache_position")
     S = kwargs["q_length"] if positions is None else len(positions)
-    fits = padding is None or padding.shape[1] == Sk
+    fits = padding is None or padding.shape == (kwargs["batch_size"], Sk)
     if mask_function is masking_utils.bidirectional_mask_function:
         if fits and kwargs.get("allow_is_bidirectional_skip"):
             return padding
@@ -122,7 +122,7 @@ def attend(
     B, device = query.shape[0], query.device
     static = torch.compiler.is_compiling() or device.type == "cuda"
     keys = queries = Tokens(
-        None if attention_mask is None else attention_mask.view(B, Sk), B, Sk, device, static
+        None if attention_mask is None else attention_mask.reshape(B, Sk), B, Sk, device, static
     )
     if (attention_mask is None and S != Sk) or (attention_mask is not None and not causal):
         queries = Tokens(None, B, S, device)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from transformers.activations import ACT2FN
 
-from .architectures import ARCHITECTURES, find
+from .architectures import ARCHITECTURES, at
 from .kernels import missing
 from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
@@ -47,7 +47,7 @@ def reason_of_call(model, inputs, kwargs):
     states = inputs.encoder_hidden_states
     if states is not None and not decodes(model):
         return "encoder_hidden_states in an encoder"
-    if decodes(model) and (states is not None) != bool(model.config.add_cross_attention):
+    if decodes(model) and (states is not None) != _crosses(model):
         if states is None:
             return "cross-attention layers without encoder_hidden_states"
         return "encoder_hidden_states without config.add_cross_attention"
@@ -68,6 +68,12 @@ def reason_of_call(model, inputs, kwargs):
 def decodes(model):
     """Whether a model attends causally, and may have cross attention and a cache."""
     return model.architecture.cross_attention is not None and bool(model.config.is_decoder)
+
+
+def _crosses(model):
+    """Whether the layers have cross attention."""
+    layers = model.architecture.layers(model)
+    return any(len(model.architecture.attentions(layer)) == 2 for layer in layers)
 
 
 def caches(model, inputs):
@@ -98,7 +104,7 @@ def _reason_of_cache(model, inputs):
 
 def reason_of_model(model):
     """Why the kernels do not cover `model` as it is now; None where they do."""
-    weight = find(model, model.architecture.embeddings).word.weight
+    weight = at(model, model.architecture.embeddings.word).weight
     device, dtype = weight.device, weight.dtype
     if reason := missing(device):
         return reason
@@ -153,16 +159,16 @@ def _path(model, module):
 
 
 def _reason_of_layer(model, layer):
-    """As reason_of_model, of how the modules of a layer fit together."""
+    """As reason_of_model, of how the modules of a layer fit together, which are of known types."""
     config, architecture = model.config, model.architecture
-    activation = find(layer, architecture.feed_forward).activation
+    activation = at(layer, architecture.feed_forward.activation)
     if type(activation) is not EXACT_GELU:
         return f"activation {getattr(activation, '__qualname__', type(activation).__qualname__)}"
     if getattr(layer, "is_decoder", False) != decodes(model):
         return f"config.is_decoder is {config.is_decoder}, and was not when the model was made"
-    for part in architecture.attentions(layer):
-        D = part.core.attention_head_size
-        if part.query.weight.shape[0] != config.num_attention_heads * D:
+    for paths in architecture.attentions(layer):
+        D = at(layer, paths.core).attention_head_size
+        if at(layer, paths.query).weight.shape[0] != config.num_attention_heads * D:
             return f"pruned heads: not {config.num_attention_heads} (config.num_attention_heads)"
         if D > MAX_D:
             return f"heads of {D}, the kernels take {MAX_D} at most"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import transformers
 
-from .architectures import find
+from .architectures import at
 
 
 class Inputs(NamedTuple):
@@ -38,7 +38,7 @@ def check(model, inputs):
     if x.ndim != ndim:
         raise ValueError(f"{me}: {name} must be {want}, got {list(x.shape)}")
     B, S = x.shape[:2]
-    weight = find(model, model.architecture.embeddings).word.weight
+    weight = at(model, model.architecture.embeddings.word).weight
     for other_name in (name, "token_type_ids", "position_ids", "encoder_hidden_states"):
         t = getattr(inputs, other_name)
         if t is not None and t.device != weight.device:
@@ -86,7 +86,7 @@ def _check_mask(me, name, mask, like, shape):
 
 def _check_positions(model, inputs, name, S):
     """Raise for more tokens than there are positions, where the model numbers them itself."""
-    rows = len(find(model, model.architecture.embeddings).position.weight)
+    rows = len(at(model, model.architecture.embeddings.position).weight)
     if inputs.position_ids is not None:
         return
     count, room, less = S, rows, ""

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .architectures import BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA, find
+from .architectures import BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA, at
 from .coverage import asked, caches, decodes, reason_of_call, reason_of_model
 from .encoder import Memory, Tokens, embed, layer_forward
 from .inputs import Inputs, check
@@ -101,7 +101,7 @@ class _Encoder:
     def _run_on_kernels(self, inputs, kwargs):
         architecture = self.architecture
         B, S = inputs.shape()
-        device = find(self, architecture.embeddings).word.weight.device
+        device = at(self, architecture.embeddings.word).weight.device
         tokens = _tokens(inputs.attention_mask, B, S, device)
         memory = None
         if inputs.encoder_hidden_states is not None:

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from . import kernels as ops
-from .architectures import find
+from .architectures import at
 from .coverage import reason_of_model
 from .encoder import split_storage
 from .modeling import STOCK, calls_of, logger, put_on
@@ -137,7 +137,7 @@ def report(model):
     swapped, stock, attention = [], [], []
     for path, module in model.named_modules():
         if isinstance(module, tuple(ENCODERS)):
-            weight = find(module, module.architecture.embeddings).word.weight
+            weight = at(module, module.architecture.embeddings.word).weight
             reason = reason_of_model(module)
             calls = calls_of(module)
             swapped.append(
