@@ -148,8 +148,9 @@ def _first_reason(model, dtype, device, hooks):
         if reason := _reason_of_module(module, dtype, index, hooks):
             return f"{_path(model, module)}: {reason}"
         todo += module._modules.values()
+    heads, is_decoder = model.config.num_attention_heads, decodes(model)
     for layer in architecture.layers(model):
-        if reason := _reason_of_layer(model, layer):
+        if reason := _reason_of_layer(architecture, layer, heads, is_decoder):
             return f"{_path(model, layer)}: {reason}"
     return None
 
@@ -158,18 +159,17 @@ def _path(model, module):
     return next(path for path, m in model.named_modules() if m is module)
 
 
-def _reason_of_layer(model, layer):
+def _reason_of_layer(architecture, layer, heads, is_decoder):
     """As reason_of_model, of how the modules of a layer fit together, which are of known types."""
-    config, architecture = model.config, model.architecture
     activation = at(layer, architecture.feed_forward.activation)
     if type(activation) is not EXACT_GELU:
         return f"activation {getattr(activation, '__qualname__', type(activation).__qualname__)}"
-    if getattr(layer, "is_decoder", False) != decodes(model):
-        return f"config.is_decoder is {config.is_decoder}, and was not when the model was made"
+    if getattr(layer, "is_decoder", False) != is_decoder:
+        return f"config.is_decoder is {is_decoder}, and was not when the model was made"
     for paths in architecture.attentions(layer):
         D = at(layer, paths.core).attention_head_size
-        if at(layer, paths.query).weight.shape[0] != config.num_attention_heads * D:
-            return f"pruned heads: not {config.num_attention_heads} (config.num_attention_heads)"
+        if at(layer, paths.query).weight.shape[0] != heads * D:
+            return f"pruned heads: not {heads} (config.num_attention_heads)"
         if D > MAX_D:
             return f"heads of {D}, the kernels take {MAX_D} at most"
     return None

@@ -116,11 +116,11 @@ class _Encoder:
             inputs.position_ids, tokens,
         )  # fmt: skip
         wanted = asked(self, kwargs, "output_hidden_states")
-        states = []
+        states, causal = [], decodes(self)
         for index, layer in enumerate(architecture.layers(self)):
             if wanted:
                 states.append(x)
-            x = layer_forward(architecture, layer, x, tokens, decodes(self), memory, cache, index)
+            x = layer_forward(architecture, layer, x, tokens, causal, memory, cache, index)
         output = architecture.output(last_hidden_state=tokens.unpack(x))
         if getattr(self, "pooler", None) is not None:
             output["pooler_output"] = self.pooler(output.last_hidden_state)
