@@ -76,22 +76,22 @@ class Memory(NamedTuple):
 
 
 # -- the encoder ----------------------------------------------------------------------------
-def embed(model, input_ids, inputs_embeds, token_type_ids, position_ids, tokens):
-    """The embeddings of the tokens: [T, H]."""
-    architecture = model.architecture
+def embed(model, inputs, tokens):
+    """The embeddings of the tokens of Inputs: [T, H]."""
+    architecture, position_ids = model.architecture, inputs.position_ids
     parts = find(model, architecture.embeddings)
     if position_ids is None and architecture.position_ids:
-        position_ids = architecture.position_ids(model, input_ids, inputs_embeds)
+        position_ids = architecture.position_ids(model, inputs.input_ids, inputs.inputs_embeds)
     word, norm = parts.word.weight, parts.norm
     x = ops.embedding(
-        input_ids,
+        inputs.input_ids,
         word,
         _frozen_row(parts.position.weight, parts.position.padding_idx),
         parts.token_type.weight if parts.token_type else word.new_zeros(1, word.shape[1]),
         norm.weight,
         norm.bias,
-        inputs_embeds=inputs_embeds,
-        token_type_ids=token_type_ids,
+        inputs_embeds=inputs.inputs_embeds,
+        token_type_ids=inputs.token_type_ids,
         position_ids=position_ids,
         row_index=tokens.row_index,
         eps=norm.eps,

@@ -103,18 +103,14 @@ class _Encoder:
         B, S = inputs.shape()
         device = at(self, architecture.embeddings.word).weight.device
         tokens = _tokens(inputs.attention_mask, B, S, device)
-        memory = None
-        if inputs.encoder_hidden_states is not None:
-            states = inputs.encoder_hidden_states
-            there = _tokens(inputs.encoder_attention_mask, B, states.shape[1], device)
-            memory = Memory(there.pack(states), there)
+        memory = inputs.encoder_hidden_states
+        if memory is not None:
+            there = _tokens(inputs.encoder_attention_mask, B, memory.shape[1], device)
+            memory = Memory(there.pack(memory), there)
         cache = inputs.past_key_values
         if cache is None and caches(self, inputs):
             cache = _new_cache(self.config, memory is not None)
-        x = embed(
-            self, inputs.input_ids, inputs.inputs_embeds, inputs.token_type_ids,
-            inputs.position_ids, tokens,
-        )  # fmt: skip
+        x = embed(self, inputs, tokens)
         wanted = asked(self, kwargs, "output_hidden_states")
         states, causal = [], decodes(self)
         for index, layer in enumerate(architecture.layers(self)):

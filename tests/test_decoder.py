@@ -203,8 +203,9 @@ def test_generation_gives_the_tokens_of_stock(use_cache, beams, device):
 
 # -- caches ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["none", "left", "holes"])
-def test_a_cache_filled_by_the_kernels_serves_the_next_step(kind, device):
-    stock = stock_model("BertLMHeadModel", device, is_decoder=True)
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_cache_filled_by_the_kernels_serves_the_next_step(name, kind, device):
+    stock = stock_model(name, device, is_decoder=True)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
     mask = masks(device)[kind]
     where = tokens(mask, device)
@@ -226,6 +227,19 @@ def test_a_cache_filled_by_the_kernels_serves_the_next_step(kind, device):
         ours.logits[has_tokens], theirs.logits[has_tokens], atol=1e-4, rtol=0
     )
     assert fast_calls(fast) == [(1, {STEP: 1})]
+
+
+@pytest.mark.parametrize("name", ["BertModel", "ElectraModel"])
+def test_tuples_have_the_cache_and_the_states_where_stock_has_them(name, device):
+    stock = stock_model(name, device, is_decoder=True)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    with torch.no_grad():
+        ours, theirs = (
+            m(ids_of(device), output_hidden_states=True, return_dict=False) for m in (fast, stock)
+        )
+    assert_ran_fast(fast)
+    assert [type(a) for a in ours] == [type(b) for b in theirs]
+    assert any(isinstance(a, transformers.DynamicCache) for a in ours)
 
 
 def test_an_empty_cache_that_is_passed_is_filled_and_returned(device):
