@@ -276,3 +276,15 @@ def test_masks_of_other_shapes_are_made_as_for_sdpa(device):
     cache.update(torch.zeros(B, 4, 2, 16), torch.zeros(B, 4, 2, 16), 0)
     longer = torch.cat((padding, padding[:, :2]), 1)
     assert causal(config, embeds, longer, past_key_values=cache).shape == (B, 1, S, S + 2)
+
+
+def test_causal_queries_before_more_keys_are_left_to_sdpa(device):
+    """A first step with a StaticCache: the keys that follow are empty, and come last, not first."""
+    module = torch.nn.Module()
+    module.is_causal = True
+    q = torch.randn(B, 4, 7, 16, device=device)
+    k, v = torch.randn(2, B, 4, 20, 16, device=device)
+    ours, _ = attention_interface.attend(module, q, k, v, None)
+    theirs, _ = transformers.AttentionInterface()["sdpa"](module, q, k, v, None)
+    assert torch.equal(ours, theirs)
+    assert counted(module) == (0, {"causal attention to keys of another length": 1})
