@@ -18,10 +18,11 @@ else:
     from .launch import backend, missing
     from .layer_norm import SPEC as LAYER_NORM
     from .layer_norm import layer_norm
+    from .linear import SPEC as LINEAR
     from .linear import linear
     from .packing import PACK, UNPACK, Packing, pack, unpack
 
-    SPECS = (ATTENTION, LAYER_NORM, GELU, EMBEDDING, PACK, UNPACK)
+    SPECS = (ATTENTION, LAYER_NORM, GELU, LINEAR, EMBEDDING, PACK, UNPACK)
 
 __all__ = [
     "SPECS", "Packing", "attention", "backend", "embedding", "gelu", "layer_norm", "linear",

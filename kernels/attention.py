@@ -189,11 +189,6 @@ def _unit(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _precision(q):
-    allow_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allow_tf32 else "ieee"
-
-
 def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, _):
     q, k, v = _unit(q), _unit(k), _unit(v)
     heads, D = q.shape[1:]
@@ -205,7 +200,7 @@ def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, cau
             q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, o,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             heads, D, blocks, scale * LOG2E,
-            CAUSAL=causal, PRECISION=_precision(q), **config,
+            CAUSAL=causal, PRECISION=launch.precision(q), **config,
         )
 
 

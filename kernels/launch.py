@@ -235,6 +235,22 @@ def rows(t):
     return t, t.stride(0)
 
 
+def arch():
+    """The current GPU's architecture: 90 for sm_90, "gfx942" for that; 90 in the interpreter."""
+    return 90 if INTERPRET else _arch(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _arch(device):
+    return triton.runtime.driver.active.get_current_target().arch
+
+
+def precision(t):
+    """input_precision of a tl.dot of t: exact, but for fp32 where torch may use TF32 too."""
+    allow_tf32 = t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allow_tf32 else "ieee"
+
+
 def show(t):
     """t in an error message: float16[4, 768]; with its device where that is not the CPU."""
     if not isinstance(t, torch.Tensor):

@@ -1,102 +1,439 @@
-"""Matrix product, with bias and GELU: through torch and its libraries, not through a kernel of ours.
+"""Matrix product, and what BERT does to its result: bias, GELU, residual add.
 
-    y = x W^T + b        or        gelu(x W^T + b)
+    z = x W^T + b
+    y = act(z) + residual        act(z) = z, or GELU in its erf form: z * Phi(z)
 
-Shapes     x [T, K], weight [N, K], bias [N]; y [T, N].
-CPU        oneDNN, on the weight as it lies, where it can: torch's own linear gives fp32 to MKL, which
-           is half as fast on AMD and about as fast on Intel. oneDNN adds up K in one chain, MKL in
+Shapes     x [T, K], weight [N, K], bias [N]; residual, y [T, N].
+Precision  Sums in fp32, GELU and residual too; y is rounded once, to the dtype of x. fp32 products
+           are exact fp32 ("ieee") unless torch.backends.cuda.matmul.allow_tf32 is set. GELU of 16
+           bits is a polynomial within half an ulp: see pointwise.py.
+Batches    The kernel gives a row of y the same bits whatever the other rows, and however many. Each
+           number is one sum over K, in steps of BLOCK_K; the number of rows chooses how many rows
+           and columns a program takes, and never those steps or the instruction that adds them.
+CPU        oneDNN, on the weight as it lies, where it can: torch's own linear gives fp32 to MKL,
+           half as fast on AMD and about as fast on Intel. oneDNN adds up K in one chain, MKL in
            shorter ones: in fp32 a layer errs 1.4 to 1.7 times as far, some 1e-6 of its values.
-           GELU is taken before y leaves the cache.
-Precision  Sums in fp32. With gelu in one product (bf16), y is rounded once instead of twice.
+           GELU or the residual is taken before y leaves the cache.
+Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over rows, dresidual = dy.
+           Products of torch in the dtype of x, dz rounded to it. Where act is GELU, z is computed
+           again instead of kept: one more product, a third of the largest activation less.
+Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The kernel is the plain
+           tiled product: a program for each tile of y, its K loop pipelined by the compiler.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .gelu import gelu
-from .launch import DTYPES, show
+from .gelu import act_of, gelu_ref
+from .launch import DTYPES, show, tl, triton
+from .spec import Spec
 
 
-def _find_product():
-    """oneDNN's product in this torch, or None. The name is private to torch, so it is tried out."""
+# -- reference ------------------------------------------------------------------------------
+def linear_ref(x, weight, bias=None, activation=None, residual=None, num_tokens=None):
+    z = x @ weight.mT
+    y = gelu_ref(z, bias) if activation else z if bias is None else z + bias
+    return y if residual is None else y + residual
+
+
+# -- kernels --------------------------------------------------------------------------------
+@triton.jit
+def _accumulate(
+    acc,  # [BLOCK_M, BLOCK_N]
+    x_ptrs,  # [BLOCK_M, 1]: first element of each row
+    weight_ptrs,  # [1, BLOCK_N]: the same, of the rows of weight
+    start_k,
+    K,
+    MASKED: tl.constexpr,  # the step goes past K
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc and the products of the step of BLOCK_K that starts at start_k."""
+    offs_k = start_k + tl.arange(0, BLOCK_K)
+    if MASKED:
+        mask_k = offs_k < K
+        x = tl.load(x_ptrs + offs_k[None, :], mask=mask_k[None, :], other=0.0)
+        weight = tl.load(weight_ptrs + offs_k[:, None], mask=mask_k[:, None], other=0.0)
+    else:
+        x = tl.load(x_ptrs + offs_k[None, :])
+        weight = tl.load(weight_ptrs + offs_k[:, None])
+    return tl.dot(x, weight, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _finish(
+    y,  # [BLOCK_M, BLOCK_N]: x W^T in fp32
+    bias_ptr, residual_ptr, num_tokens_ptr, y_ptr, stride_rt,
+    start_m, start_n,
+    rows,  # of y that count
+    T, N,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """All that follows the product, of the part of y that starts at (start_m, start_n)."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    rows_m = offs_m.to(tl.int64)[:, None]  # row * stride may pass 2^31
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n)[None, :]
+    if ACT is not None:
+        y = ACT(y)
+    if residual_ptr is not None:
+        mask = (offs_m < rows)[:, None] & mask_n[None, :]
+        residual_ptrs = residual_ptr + rows_m * stride_rt + offs_n[None, :]
+        y += tl.load(residual_ptrs, mask=mask)
+    if num_tokens_ptr is not None:
+        y = tl.where((offs_m < rows)[:, None], y, 0.0)
+    mask = (offs_m < T)[:, None] & mask_n[None, :]
+    tl.store(y_ptr + rows_m * N + offs_n[None, :], y, mask=mask)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # [T, K]
+    weight_ptr,  # [N, K]
+    bias_ptr,  # [N] or None
+    residual_ptr,  # [T, N] or None
+    num_tokens_ptr,  # [1] or None
+    y_ptr,  # [T, N], contiguous
+    stride_xt, stride_wn, stride_rt,
+    T, N, K,
+    ACT: tl.constexpr,  # a function of z, or None
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Program (m, n) takes tile (m, n) of y. Neighbours differ in n: a weight of BERT stays in L2,
+    and x comes from memory once."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    start_m = pid // blocks_n * BLOCK_M
+    start_n = pid % blocks_n * BLOCK_N
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    rows = T
+    if num_tokens_ptr is not None:
+        rows = tl.load(num_tokens_ptr).to(tl.int32)
+        if start_m >= rows:
+            y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+            mask = (offs_m < T)[:, None] & (offs_n < N)[None, :]
+            tl.store(y_ptrs, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), mask=mask)
+            return
+
+    # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
+    rows_m = tl.minimum(offs_m, rows - 1).to(tl.int64)
+    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    x_ptrs = x_ptr + rows_m[:, None] * stride_xt
+    weight_ptrs = weight_ptr + rows_n[None, :] * stride_wn
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    full = K // BLOCK_K * BLOCK_K
+    for start_k in range(0, full, BLOCK_K):
+        acc = _accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
+    if full < K:
+        acc = _accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
+
+    # In halves: all of residual at once would take the registers of a second program beside this.
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    left, right = acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
+    _finish(
+        left, bias_ptr, residual_ptr, num_tokens_ptr, y_ptr, stride_rt,
+        start_m, start_n, rows, T, N, ACT, BLOCK_M, HALF_N,
+    )
+    _finish(
+        right, bias_ptr, residual_ptr, num_tokens_ptr, y_ptr, stride_rt,
+        start_m, start_n + HALF_N, rows, T, N, ACT, BLOCK_M, HALF_N,
+    )
+
+
+# -- launchers ------------------------------------------------------------------------------
+ENOUGH = 128  # programs: about one for each multiprocessor
+
+
+def _forms(arch, itemsize):
+    """(BLOCK_M, BLOCK_N, warps, stages), large tiles first. None spills on sm_80, sm_90 or gfx942;
+    the first fills sm_90 with two programs of 8 warps, which hide each other's ends, and sm_80 with
+    three of 4. Not yet measured.
+
+    64 rows at least: fewer take another instruction on sm_90, whose sums may round otherwise. For
+    the same reason 32 columns on AMD.
+    """
+    if itemsize == 4:  # exact fp32 products run on no tensor core: each thread holds its operands
+        return ((64, 64, 4, 3), (64, 32, 4, 3))
+    if isinstance(arch, str):
+        return ((128, 128, 8, 2), (64, 64, 4, 2))
+    first = (128, 128, 8, 3) if 90 <= arch < 120 else (64, 128, 4, 3)
+    return (first, (64, 64, 4, 4), (64, 32, 4, 5), (64, 16, 4, 6))
+
+
+def _config(T, N, itemsize, arch):
+    """The largest tiles of which there are enough, or the smallest."""
+    forms = _forms(arch, itemsize)
+    enough = (f for f in forms if triton.cdiv(T, f[0]) * triton.cdiv(N, f[1]) >= ENOUGH)
+    BLOCK_M, BLOCK_N, warps, stages = next(enough, forms[-1])
+    return {
+        "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 128 // itemsize,
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def _forward(y, x, weight, bias, activation, residual, num_tokens):
+    x, stride_xt = launch.rows(x)
+    weight, stride_wn = launch.rows(weight)
+    residual, stride_rt = launch.rows(residual)
+    (T, K), N = x.shape, weight.shape[0]
+    config = _config(T, N, x.itemsize, launch.arch())
+    programs = triton.cdiv(T, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    if programs:
+        _forward_kernel[(programs,)](
+            x, weight, None if bias is None else bias.contiguous(), residual, num_tokens, y,
+            stride_xt, stride_wn, stride_rt, T, N, K,
+            ACT=act_of(x.dtype) if activation else None, PRECISION=launch.precision(x), **config,
+        )
+
+
+def _find_products():
+    """oneDNN's product in this torch, and the one that adds a tensor, or None and None. Their names
+    are private to torch, so they are tried out."""
     try:
-        product = torch.ops.mkldnn._linear_pointwise.default
+        ops = torch.ops.mkldnn._linear_pointwise
         x = torch.ones(2, 8, dtype=torch.float32, device="cpu")
-        if torch.equal(product(x, x, None, "none", [], ""), 8 * x[:, :2]):
-            return product
+        y = ops.default(x, x, None, "none", [], "")
+        if torch.equal(ops.binary(x, y, x, None, "add"), 16 * x[:, :2]):
+            return ops.default, ops.binary
     except (AttributeError, RuntimeError):
         pass
-    return None
+    return None, None
 
 
 SMALL = 2**14  # elements of a weight for which oneDNN's 10 us a call are more than MKL needs
 
-_product = _find_product()
-_ONEDNN_DTYPES = {torch.float32} if _product and not launch.INTERPRET else set()  # GELU is a kernel
-if _ONEDNN_DTYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+_product, _product_and_add = _find_products()
+_ONEDNN_DTYPES = {torch.float32} if _product else set()
+if _product and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _ONEDNN_DTYPES.add(torch.bfloat16)
 
 
-def _onednn_takes(x, weight):
+def _onednn_takes(x, weight, residual):
+    tensors = [t for t in (x, weight, residual) if t is not None]
     return (
-        not torch.compiler.is_compiling()  # Inductor has its own ways
-        and x.dtype in _ONEDNN_DTYPES
-        and x.device.type == weight.device.type == "cpu"
+        x.dtype in _ONEDNN_DTYPES
         and weight.numel() >= SMALL
-        and x.is_contiguous() and weight.is_contiguous()  # another layout is a thousand times slower
+        and all(t.is_contiguous() for t in tensors)  # another layout is a thousand times slower
         and torch.backends.mkldnn.enabled
-        and type(x) is torch.Tensor  # not one of a fake mode
-    )  # fmt: skip
+    )
+
+
+def _plain(x, weight, bias, activation, residual, num_tokens):
+    T = len(x)
+    x, residual = launch.head(num_tokens, x, residual)
+    return launch.pad_rows(_plain_rows(x, weight, bias, activation, residual), T)
+
+
+def _plain_rows(x, weight, bias, activation, residual):
+    both = activation and residual is not None  # oneDNN takes one of them with its product
+    if _onednn_takes(x, weight, residual) and not (both and x.itemsize == 2):
+        if activation:
+            y = _product(x, weight, bias, "gelu", [], "none")  # "none": not the tanh form
+            return y if residual is None else y.add_(residual)
+        if residual is not None:
+            return _product_and_add(x, residual, weight, bias, "add")
+        return _product(x, weight, bias, "none", [], "")
+    if x.itemsize == 2 and (activation or residual is not None):  # in fp32, to round once
+        wide = [None if t is None else t.float() for t in (x, weight, bias)]
+        y = F.linear(*wide)
+    else:
+        y = F.linear(x, weight, bias)
+    y = F.gelu(y) if activation else y
+    return (y if residual is None else y.add_(residual)).to(x.dtype)
+
+
+def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
+    T = len(x)
+    dy, x = launch.head(num_tokens, dy, x)
+    dz = dy
+    if activation:
+        z = _linear(x, weight, bias, None, None, None)
+        dz = torch.ops.aten.gelu_backward(dy.float(), z.float()).to(x.dtype)
+    return (
+        launch.pad_rows(dz @ weight, T) if needs_x else x.new_empty(0),
+        dz.mT @ x if needs_weight else x.new_empty(0),
+        dz.sum(0),
+    )
+
+
+# -- registration ---------------------------------------------------------------------------
+_linear = launch.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str? activation, Tensor? residual,"
+    " Tensor? num_tokens) -> Tensor",
+    outputs=lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
+    launch=_forward,
+    plain=_plain,
+)
+_linear_backward = launch.define_plain(
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, str? activation,"
+    " Tensor? num_tokens, bool needs_x, bool needs_weight)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    outputs=lambda dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight: (
+        x.new_empty(x.shape if needs_x else 0),
+        x.new_empty(weight.shape if needs_weight else 0),
+        x.new_empty(weight.shape[0]),
+    ),
+    plain=_plain_backward,
+)
 
 
 class _Linear(torch.autograd.Function):
-    """oneDNN's product with torch's gradients."""
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation, residual, num_tokens):
+        ctx.save_for_backward(x, weight, bias, num_tokens)
+        ctx.activation = activation
+        return _linear(x, weight, bias, activation, residual, num_tokens)
 
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias, "none", [], "")
-
-    @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            dy @ weight if needs_x else None,
-            dy.mT @ x if needs_weight else None,
-            dy.sum(0) if needs_bias else None,
+        x, weight, bias, num_tokens = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _, needs_residual, _ = ctx.needs_input_grad
+        dx, dweight, dbias = _linear_backward(
+            dy, x, weight, bias, ctx.activation, num_tokens, needs_x, needs_weight
         )
+        dresidual = None
+        if needs_residual:
+            dresidual = dy
+            if num_tokens is not None:
+                past = torch.arange(len(dy), device=dy.device) >= num_tokens
+                dresidual = dy.masked_fill(past[:, None], 0.0)
+        return (
+            dx if needs_x else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            None, dresidual, None,
+        )  # fmt: skip
 
 
-def linear(x, weight, bias=None, activation=None, num_tokens=None):
-    """x W^T + bias, and GELU of it if asked for.
+# -- public op ------------------------------------------------------------------------------
+def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None):
+    """x W^T + bias, GELU of it if asked for, and residual added.
 
     x           [T, K], fp32, fp16 or bf16
-    weight      [N, K] in the dtype of x
-    bias        [N] in the dtype of x, or None
+    weight      [N, K], dtype of x
+    bias        [N], dtype of x; None adds nothing
     activation  None, or "gelu": the exact-erf form
-    num_tokens  [1] integer on the device, or None: the rows of x that count. The product is of all
-                rows, the GELU of those alone, with zeros in further rows of its result.
+    residual    [T, N], dtype of x, added last; None adds nothing
+    num_tokens  [1] integer on the device of x: rows past it are not read, and are zeros in the
+                result; None takes all rows
 
-    Returns [T, N] in the dtype of x. Differentiable. Raises ValueError for any other shape, dtype
-    or activation.
+    Returns [T, N] in the dtype of x, contiguous. Differentiable once, in x, weight, bias and
+    residual. Rows may lie any even distance apart; an input laid out otherwise is copied first.
+    Raises ValueError for any other shape, dtype or activation.
     """
     if activation not in (None, "gelu"):
         raise ValueError(f'linear: activation must be None or "gelu", got {activation!r}')
     if x.ndim != 2 or x.dtype not in DTYPES:
         raise ValueError(f"linear: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
+    dtype = str(x.dtype).removeprefix("torch.")
     if weight.ndim != 2 or weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
-        dtype = str(x.dtype).removeprefix("torch.")
         raise ValueError(f"linear: weight must be {dtype}[N, {x.shape[1]}], got {show(weight)}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(f"linear: bias must be [{weight.shape[0]}] like weight, got {show(bias)}")
-    if not _onednn_takes(x, weight):
-        y = F.linear(x, weight, bias)
-    elif torch.is_grad_enabled():
-        y = _Linear.apply(x, weight, bias)
-    elif activation and num_tokens is None:
-        return _product(x, weight, bias, "gelu", [], "none")  # "none": not the tanh form
-    else:
-        y = _product(x, weight, bias, "none", [], "")
-    return gelu(y, num_tokens=num_tokens) if activation else y
+    N = weight.shape[0]
+    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
+        raise ValueError(f"linear: bias must be {dtype}[{N}] like weight, got {show(bias)}")
+    if residual is not None and (residual.shape != (len(x), N) or residual.dtype != x.dtype):
+        want = f"{dtype}[{len(x)}, {N}]"
+        raise ValueError(f"linear: residual must be {want} like the result, got {show(residual)}")
+    launch.check_num_tokens("linear", num_tokens, x)
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, weight, bias, activation, residual, num_tokens)
+    return _linear(x, weight, bias, activation, residual, num_tokens)
+
+
+# -- spec -----------------------------------------------------------------------------------
+def _inputs(
+    dtype, device, T, K, N, bias=True, gelu=False, residual=False, scale=1.0, counted=False
+):
+    num_tokens = torch.tensor([T], dtype=torch.int32, device=device)
+    return {
+        "x": (scale * torch.randn(T, K, device=device)).to(dtype),
+        "weight": (torch.randn(N, K, device=device) / max(K, 1) ** 0.5).to(dtype),
+        "bias": torch.randn(N, device=device).to(dtype) if bias else None,
+        "activation": "gelu" if gelu else None,
+        "residual": torch.randn(T, N, device=device).to(dtype) if residual else None,
+        "num_tokens": num_tokens if counted else None,
+    }
+
+
+SIZES = (1, 2, 3, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200)
+
+
+def _fuzz(rng):
+    case = {"T": rng.choice((0, *SIZES)), "K": rng.choice(SIZES), "N": rng.choice(SIZES)}
+    case["bias"] = rng.random() < 0.7
+    if rng.random() < 0.5:
+        case["gelu"] = True
+    if rng.random() < 0.5:
+        case["residual"] = True
+    if rng.random() < 0.3:
+        case["scale"] = rng.choice((1e-6, 0.1, 100.0))
+    return case
+
+
+def _cost(itemsize, T, K, N, bias=True, gelu=False, residual=False, **_):
+    flops = T * N * (2 * K + bias + 16 * gelu + residual)
+    return flops, (T * K + N * K + bias * N + (1 + residual) * T * N) * itemsize
+
+
+BASE, LARGE = 768, 1024
+
+SPEC = Spec(
+    fn=linear,
+    ref=linear_ref,
+    inputs=_inputs,
+    cost=_cost,
+    cases=(
+        {"T": 64, "K": 130, "N": 72, "residual": True},  # rows past these are in tiles of their own
+        {"T": 37, "K": 96, "N": 40, "gelu": True},
+        {"T": 67, "K": 128, "N": 130},  # tiles of one row, of two columns
+        {"T": 130, "K": 16, "N": 70, "bias": False},
+        {"T": 9, "K": 40, "N": 24, "gelu": True, "residual": True, "bias": False},
+        {"T": 3, "K": 3072, "N": 7},
+        {"T": 1, "K": 1, "N": 1},
+        {"T": 0, "K": 128, "N": 128},
+        {"T": 37, "K": 128, "N": 192},  # enough for oneDNN, as are the next
+        {"T": 21, "K": 192, "N": 128, "gelu": True},
+        {"T": 21, "K": 192, "N": 128, "residual": True},
+        {"T": 6, "K": 64, "N": 64, "gelu": True, "scale": 100.0},  # saturated
+    ),
+    fuzz=_fuzz,
+    whole={"T": 128, "K": 256, "N": 128, "gelu": True, "residual": True},
+    huge=(
+        {"T": 2**20 + 3, "K": 2**11, "N": 64},  # x
+        {"T": 2**20 + 3, "K": 64, "N": 2**11, "residual": True},
+        {"T": 64, "K": 2**12, "N": 2**20 + 3},  # weight
+    ),
+    bench=(
+        {"T": 128, "K": BASE, "N": 3 * BASE},  # one sequence of 128
+        {"T": 128, "K": BASE, "N": BASE, "residual": True},
+        {"T": 128, "K": BASE, "N": 4 * BASE, "gelu": True},
+        {"T": 128, "K": 4 * BASE, "N": BASE, "residual": True},
+        {"T": 16384, "K": BASE, "N": 3 * BASE},
+        {"T": 16384, "K": BASE, "N": BASE, "residual": True},
+        {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True},
+        {"T": 16384, "K": 4 * BASE, "N": BASE, "residual": True},
+        {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True, "counted": True},
+        {"T": 16384, "K": LARGE, "N": 4 * LARGE, "gelu": True},
+        {"T": 16384, "K": 4 * LARGE, "N": LARGE, "residual": True},
+    ),
+    rejects={
+        "x must be fp32, fp16 or bf16 [T, K], got float32[8]": {"x": torch.ones(8)},
+        "weight must be float32[N, 130], got float32[8, 7]": {"weight": torch.ones(8, 7)},
+        "bias must be float32[72] like weight, got float32[3]": {"bias": torch.ones(3)},
+        'activation must be None or "gelu", got \'relu\'': {"activation": "relu"},
+        "residual must be float32[64, 72] like the result, got float32[72]": {
+            "residual": torch.ones(72)
+        },
+        "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
+    },
+    packed=("x", "residual"),
+    rounds_backward=True,
+)

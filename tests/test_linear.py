@@ -1,6 +1,8 @@
-"""linear against fp64: oneDNN's product where it is taken, torch's own elsewhere."""
+"""What test_ops.py cannot say for every op: linear's bits whatever the batch, and when oneDNN
+multiplies."""
 
 import importlib
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from bert_fast.kernels.launch import DTYPES, INTERPRET
 file = importlib.import_module("bert_fast.kernels.linear")
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
+KERNELS = GPU or INTERPRET
 
 
 def operands(T, K, N, dtype):
@@ -21,99 +24,97 @@ def operands(T, K, N, dtype):
     return x, weight, torch.randn(N, device=DEVICE).to(dtype)
 
 
-def definition(x, weight, bias, activation=None):
-    y = F.linear(x, weight, bias)
-    return F.gelu(y) if activation else y
-
-
-def assert_as_exact_as_torch(ours, args, activation=None):
-    """An ulp for the rounding, and four times torch's own error in this dtype."""
-    exact = definition(*(None if t is None else t.double() for t in args), activation)
-    theirs = definition(*args, activation)
-    assert ours.shape == exact.shape
-    assert ours.dtype == theirs.dtype
-    if ours.numel():
-        cost = (theirs.double() - exact).abs().max().item()
-        z = definition(*args).double().abs().max().item()  # 1 + erf(z) cancels: fp32 of z counts
-        floor = torch.finfo(torch.float32).eps * z
-        eps = torch.finfo(ours.dtype).eps
-        torch.testing.assert_close(ours.double(), exact, rtol=eps, atol=4 * cost + floor)
-
-
+# -- the same bits whatever the batch ------------------------------------------------------
+@pytest.mark.skipif(not KERNELS, reason="libraries choose their sums by the number of rows")
+@pytest.mark.parametrize("arch", [80, 90, "gfx942"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
-@pytest.mark.parametrize(
-    "T, K, N", [(37, 128, 192), (1, 1, 1), (0, 128, 128), (129, 768, 31), (5, 3072, 7)]
-)
-def test_matches_definition(T, K, N, activation, dtype):
-    x, weight, bias = operands(T, K, N, dtype)
-    with torch.no_grad():
-        for args in ((x, weight, bias), (x, weight, None)):
-            assert_as_exact_as_torch(linear(*args, activation), args, activation)
+@pytest.mark.usefixtures("sums_without_place")
+@torch.no_grad()
+def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypatch):
+    """Alone, in another order, with other rows behind, in every form of tile that there is."""
+    if GPU:
+        arch = file.launch.arch()
+    monkeypatch.setattr(file.launch, "arch", lambda: arch)
+    x, weight, bias = operands(131, 200, 96, dtype)
+    residual = torch.randn(131, 96, device=DEVICE).to(dtype)
+    expected = linear(x, weight, bias, activation, residual)
+    for rows in ([0], [130], [64, 3], list(range(7)), list(range(130, -1, -1))):
+        ours = linear(x[rows], weight, bias, activation, residual[rows])
+        assert torch.equal(ours, expected[rows]), rows
+    count = torch.tensor([70], device=DEVICE)
+    ours = linear(x, weight, bias, activation, residual, num_tokens=count)
+    assert torch.equal(ours[:70], expected[:70])
+    for form in file._forms(arch, dtype.itemsize):
+        monkeypatch.setattr(file, "_forms", lambda *_, form=form: (form,))
+        assert torch.equal(linear(x, weight, bias, activation, residual), expected), form
 
 
-def test_any_layout():
-    x, weight, bias = operands(9, 128, 160, torch.float32)
-    apart = x.repeat_interleave(2, 1)[:, ::2], weight.mT.contiguous().mT, bias
-    with torch.no_grad():
-        assert_as_exact_as_torch(linear(*apart, "gelu"), apart, "gelu")
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_form_takes_the_same_instruction(itemsize, arch):
+    """sm_90 multiplies in another way from 64 rows and four warps on."""
+    for M, N, warps, _ in file._forms(arch, itemsize):
+        assert M >= 64 and N >= 16 and warps >= 4
 
 
-@pytest.mark.parametrize("activation", [None, "gelu"])
-def test_gradients(activation):
-    args = [t.requires_grad_() for t in operands(13, 160, 128, torch.float32)]
-    exact = [t.detach().double().requires_grad_() for t in args]
-    ours = torch.autograd.grad(linear(*args, activation).square().sum(), args)
-    theirs = torch.autograd.grad(definition(*exact, activation).square().sum(), exact)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+def test_a_form_is_chosen_by_shape_and_architecture():
+    def form(T, N, arch=90):
+        config = file._config(T, N, 2, arch)
+        return config["BLOCK_M"], config["BLOCK_N"]
+
+    assert form(16384, 768) == (128, 128)
+    assert form(16384, 768, arch=80) == (64, 128)
+    assert form(16384, 768, arch=120) == (64, 128)  # has less shared memory
+    assert form(128, 3072) == (64, 32)
+    assert form(128, 768) == (64, 16)
+    assert form(1, 1) == (64, 16)
+    assert form(1, 1, arch="gfx942") == (64, 64)
 
 
-def test_rows_past_num_tokens_are_zero_after_gelu():
-    x, weight, bias = operands(7, 8, 8, torch.float32)
-    x[5:] = torch.nan
-    y = linear(x, weight, bias, "gelu", torch.tensor([5], dtype=torch.int32, device=DEVICE))
-    assert not y[5:].any()
-    assert_as_exact_as_torch(y[:5], (x[:5], weight, bias), "gelu")
-
-
-def test_compiles_to_one_graph():
-    args = operands(5, 8, 8, torch.float32)
-    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*args, "gelu"), linear(*args, "gelu"))
-
-
-@pytest.mark.skipif(GPU or INTERPRET, reason="oneDNN is for the CPU's own implementations")
+# -- oneDNN --------------------------------------------------------------------------------
+@pytest.mark.skipif(KERNELS, reason="oneDNN is for the CPU's own implementation")
+@torch.no_grad()
 def test_onednn_is_taken_and_may_be_switched_off(monkeypatch):
     args = operands(5, 128, 128, torch.float32)
+    residual = torch.randn(5, 128)
     calls = []
-    product = file._product
+    product, product_and_add = file._product, file._product_and_add
     if product is None:
         pytest.skip("this torch has no oneDNN, or calls its product by another name")
-    monkeypatch.setattr(file, "_product", lambda *a: calls.append(1) or product(*a))
-    with torch.no_grad():
-        linear(*args)
-        assert len(calls) == 1
-        with torch.backends.mkldnn.flags(enabled=False):
-            off = linear(*args)
-        assert len(calls) == 1
-        assert torch.equal(off, F.linear(*args))
-        linear(args[0], args[1].mT.contiguous().mT, args[2])  # slow there
-        linear(*operands(5, 8, 8, torch.float32))  # not worth it
-        assert len(calls) == 1
+    monkeypatch.setattr(file, "_product", lambda *a: calls.append("product") or product(*a))
+    monkeypatch.setattr(
+        file, "_product_and_add", lambda *a: calls.append("and add") or product_and_add(*a)
+    )
+    linear(*args)
+    linear(*args, "gelu")
+    linear(*args, residual=residual)
+    linear(*args, "gelu", residual)
+    assert calls == ["product", "product", "and add", "product"]
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(linear(*args), F.linear(*args))
+    linear(args[0], args[1].mT.contiguous().mT, args[2])  # slow there, as is the next
+    linear(*args, residual=residual.mT.contiguous().mT)
+    linear(*operands(5, 8, 8, torch.float32))  # not worth it
+    assert len(calls) == 4
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"x": torch.ones(8)}, "x must be fp32, fp16 or bf16 [T, K], got float32[8]"),
-        ({"weight": torch.ones(8, 7)}, "weight must be float32[N, 8], got float32[8, 7]"),
-        ({"bias": torch.ones(3)}, "bias must be [8] like weight, got float32[3]"),
-        ({"activation": "relu"}, "activation must be None or \"gelu\", got 'relu'"),
-    ],
-)
-def test_rejects(change, message):
-    x, weight, bias = (t.cpu() for t in operands(5, 8, 8, torch.float32))
-    with pytest.raises(ValueError) as caught:
-        linear(**{"x": x, "weight": weight, "bias": bias, **change})
-    assert str(caught.value) == f"linear: {message}"
+@pytest.mark.skipif(KERNELS, reason="of the CPU's own implementation")
+def test_without_onednn_there_is_torch(monkeypatch):
+    broken = mock.Mock(default=mock.Mock(side_effect=RuntimeError))
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", broken)
+    assert file._find_products() == (None, None)
+
+
+# -- gradients -----------------------------------------------------------------------------
+@pytest.mark.parametrize("needed", ["x", "weight", "bias", "residual"])
+def test_gradients_of_what_is_asked_for_alone(needed):
+    x, weight, bias = operands(13, 160, 128, torch.float32)
+    inputs = {"x": x, "weight": weight, "bias": bias, "residual": torch.randn_like(x[:, :128])}
+    leaf = inputs[needed].requires_grad_()
+    (ours,) = torch.autograd.grad(linear(**inputs, activation="gelu").square().sum(), leaf)
+    exact = {k: t.detach().double() for k, t in inputs.items()}
+    leaf = exact[needed].requires_grad_()
+    y = F.gelu(F.linear(exact["x"], exact["weight"], exact["bias"])) + exact["residual"]
+    (truth,) = torch.autograd.grad(y.square().sum(), leaf)
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
