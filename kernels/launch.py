@@ -236,8 +236,8 @@ def rows(t):
 
 
 def arch():
-    """The current GPU's architecture: 90 for sm_90, "gfx942" for that; 90 in the interpreter."""
-    return 90 if INTERPRET else _arch(triton.runtime.driver.active.get_current_device())
+    """The current GPU's architecture: 90 for sm_90, "gfx942" for that; 80 in the interpreter."""
+    return 80 if INTERPRET else _arch(triton.runtime.driver.active.get_current_device())
 
 
 @functools.cache

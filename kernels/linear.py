@@ -65,11 +65,12 @@ def _accumulate(
 @triton.jit
 def _finish(
     y,  # [BLOCK_M, BLOCK_N]: x W^T in fp32
-    bias_ptr, residual_ptr, num_tokens_ptr, y_ptr, stride_rt,
+    bias_ptr, residual_ptr, y_ptr, stride_rt,
     start_m, start_n,
-    rows,  # of y that count
+    rows,  # that count, of T
     T, N,
     ACT: tl.constexpr,
+    COUNTED: tl.constexpr,  # rows may be less than T
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """All that follows the product, of the part of y that starts at (start_m, start_n)."""
@@ -85,7 +86,7 @@ def _finish(
         mask = (offs_m < rows)[:, None] & mask_n[None, :]
         residual_ptrs = residual_ptr + rows_m * stride_rt + offs_n[None, :]
         y += tl.load(residual_ptrs, mask=mask)
-    if num_tokens_ptr is not None:
+    if COUNTED:
         y = tl.where((offs_m < rows)[:, None], y, 0.0)
     mask = (offs_m < T)[:, None] & mask_n[None, :]
     tl.store(y_ptr + rows_m * N + offs_n[None, :], y, mask=mask)
@@ -114,8 +115,9 @@ def _forward_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = T
-    if num_tokens_ptr is not None:
-        rows = tl.load(num_tokens_ptr).to(tl.int32)
+    COUNTED: tl.constexpr = num_tokens_ptr is not None
+    if COUNTED:
+        rows = tl.load(num_tokens_ptr)
         if start_m >= rows:
             y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
             mask = (offs_m < T)[:, None] & (offs_n < N)[None, :]
@@ -138,17 +140,18 @@ def _forward_kernel(
     HALF_N: tl.constexpr = BLOCK_N // 2
     left, right = acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
     _finish(
-        left, bias_ptr, residual_ptr, num_tokens_ptr, y_ptr, stride_rt,
-        start_m, start_n, rows, T, N, ACT, BLOCK_M, HALF_N,
+        left, bias_ptr, residual_ptr, y_ptr, stride_rt,
+        start_m, start_n, rows, T, N, ACT, COUNTED, BLOCK_M, HALF_N,
     )
     _finish(
-        right, bias_ptr, residual_ptr, num_tokens_ptr, y_ptr, stride_rt,
-        start_m, start_n + HALF_N, rows, T, N, ACT, BLOCK_M, HALF_N,
+        right, bias_ptr, residual_ptr, y_ptr, stride_rt,
+        start_m, start_n + HALF_N, rows, T, N, ACT, COUNTED, BLOCK_M, HALF_N,
     )
 
 
 # -- launchers ------------------------------------------------------------------------------
-ENOUGH = 128  # programs: about one for each multiprocessor
+# Programs: about one for each multiprocessor. The interpreter is one and prefers large tiles.
+ENOUGH = 1 if launch.INTERPRET else 128
 
 
 def _forms(arch, itemsize):
@@ -350,16 +353,17 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
 
 # -- spec -----------------------------------------------------------------------------------
 def _inputs(
-    dtype, device, T, K, N, bias=True, gelu=False, residual=False, scale=1.0, counted=False
+    dtype, device, T, K, N, bias=True, gelu=False, residual=False, scale=1.0, num_tokens=None
 ):
-    num_tokens = torch.tensor([T], dtype=torch.int32, device=device)
+    if num_tokens is not None:
+        num_tokens = torch.tensor([num_tokens], dtype=torch.int32, device=device)
     return {
         "x": (scale * torch.randn(T, K, device=device)).to(dtype),
         "weight": (torch.randn(N, K, device=device) / max(K, 1) ** 0.5).to(dtype),
         "bias": torch.randn(N, device=device).to(dtype) if bias else None,
         "activation": "gelu" if gelu else None,
         "residual": torch.randn(T, N, device=device).to(dtype) if residual else None,
-        "num_tokens": num_tokens if counted else None,
+        "num_tokens": num_tokens,
     }
 
 
@@ -391,10 +395,10 @@ SPEC = Spec(
     inputs=_inputs,
     cost=_cost,
     cases=(
-        {"T": 64, "K": 130, "N": 72, "residual": True},  # rows past these are in tiles of their own
+        {"T": 128, "K": 130, "N": 72, "residual": True},  # rows past these have their own tiles
         {"T": 37, "K": 96, "N": 40, "gelu": True},
-        {"T": 67, "K": 128, "N": 130},  # tiles of one row, of two columns
-        {"T": 130, "K": 16, "N": 70, "bias": False},
+        {"T": 131, "K": 128, "N": 130, "residual": True},  # tiles of three rows, of two columns
+        {"T": 257, "K": 16, "N": 257, "bias": False},
         {"T": 9, "K": 40, "N": 24, "gelu": True, "residual": True, "bias": False},
         {"T": 3, "K": 3072, "N": 7},
         {"T": 1, "K": 1, "N": 1},
@@ -405,10 +409,11 @@ SPEC = Spec(
         {"T": 6, "K": 64, "N": 64, "gelu": True, "scale": 100.0},  # saturated
     ),
     fuzz=_fuzz,
-    whole={"T": 128, "K": 256, "N": 128, "gelu": True, "residual": True},
+    whole={"T": 256, "K": 256, "N": 128, "gelu": True, "residual": True},
     huge=(
         {"T": 2**20 + 3, "K": 2**11, "N": 64},  # x
         {"T": 2**20 + 3, "K": 64, "N": 2**11, "residual": True},
+        {"T": 2**20 + 3, "K": 64, "N": 2**11, "num_tokens": 64},  # tiles of zeros
         {"T": 64, "K": 2**12, "N": 2**20 + 3},  # weight
     ),
     bench=(
@@ -420,7 +425,7 @@ SPEC = Spec(
         {"T": 16384, "K": BASE, "N": BASE, "residual": True},
         {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True},
         {"T": 16384, "K": 4 * BASE, "N": BASE, "residual": True},
-        {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True, "counted": True},
+        {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True, "num_tokens": 16384},
         {"T": 16384, "K": LARGE, "N": 4 * LARGE, "gelu": True},
         {"T": 16384, "K": 4 * LARGE, "N": LARGE, "residual": True},
     ),
@@ -429,7 +434,7 @@ SPEC = Spec(
         "weight must be float32[N, 130], got float32[8, 7]": {"weight": torch.ones(8, 7)},
         "bias must be float32[72] like weight, got float32[3]": {"bias": torch.ones(3)},
         'activation must be None or "gelu", got \'relu\'': {"activation": "relu"},
-        "residual must be float32[64, 72] like the result, got float32[72]": {
+        "residual must be float32[128, 72] like the result, got float32[72]": {
             "residual": torch.ones(72)
         },
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},

@@ -58,7 +58,9 @@ def test_every_form_takes_the_same_instruction(itemsize, arch):
         assert M >= 64 and N >= 16 and warps >= 4
 
 
-def test_a_form_is_chosen_by_shape_and_architecture():
+def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
+    monkeypatch.setattr(file, "ENOUGH", 128)
+
     def form(T, N, arch=90):
         config = file._config(T, N, 2, arch)
         return config["BLOCK_M"], config["BLOCK_N"]
