@@ -1,0 +1,45 @@
+"""What test_ops.py cannot say for every op: attention's bits whatever the batch."""
+
+import pytest
+import torch
+
+from bert_fast.kernels import attention
+from bert_fast.kernels.attention import cu_seqlens_of
+from bert_fast.kernels.launch import DTYPES, INTERPRET
+
+GPU = torch.cuda.is_available() and not INTERPRET
+DEVICE = "cuda" if GPU else "cpu"
+LENGTHS = (1, 20, 64, 65, 128, 130)
+
+
+def attend(sequences, causal, max_seqlen, further=0):
+    """The results of q, k, v [L, heads, D] of each sequence, packed in this order."""
+    lengths = [len(q) for q, _, _ in sequences]
+    packed = [torch.cat(t) for t in zip(*sequences)]
+    num_tokens = None
+    if further:
+        packed = [torch.cat((t, t.new_full((further, *t.shape[1:]), torch.nan))) for t in packed]
+        num_tokens = torch.tensor([sum(lengths)], device=DEVICE)
+    cu_seqlens = cu_seqlens_of(lengths, DEVICE)
+    o = attention(*packed, cu_seqlens, max_seqlen, causal=causal, num_tokens=num_tokens)
+    return o[: sum(lengths)].split(lengths)
+
+
+@pytest.mark.skipif(not (GPU or INTERPRET), reason="torch's own attention chooses by shape")
+@pytest.mark.usefixtures("sums_without_place")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("D", [32, 64])
+@torch.no_grad()
+def test_a_sequence_has_the_same_bits_in_any_batch(D, causal, dtype):
+    """Alone, among others in any order, under any bound on the lengths, before further rows."""
+    torch.manual_seed(0)
+    sequences = [
+        tuple(torch.randn(L, 2, D, device=DEVICE).to(dtype) for _ in range(3)) for L in LENGTHS
+    ]
+    alone = [attend([s], causal, len(s[0]))[0] for s in sequences]
+    batches = ((range(6), 130, 0), (range(5, -1, -1), 512, 0), (range(6), 200, 9))
+    for order, bound, further in batches:
+        ours = attend([sequences[i] for i in order], causal, bound, further)
+        for i, o in zip(order, ours, strict=True):
+            assert torch.equal(o, alone[i]), LENGTHS[i]
