@@ -175,7 +175,7 @@ def _fuzz(rng):
 
 def _cost(itemsize, shape, bias=True, **_):
     size = math.prod(shape)
-    return (5 + bias) * size, (2 * size + bias * shape[-1]) * itemsize
+    return ((15 if itemsize == 2 else 5) + bias) * size, (2 * size + bias * shape[-1]) * itemsize
 
 
 SPEC = Spec(
