@@ -1,6 +1,6 @@
 """Time the ops and the model against stock, in one interleaved run on the device that is there.
 
-    python bench ops                            every op of bert_fast.kernels.SPECS, and products
+    python bench ops                            every op of bert_fast.kernels.SPECS
     python bench model --only docstrings        some workloads of the model
     python bench all --output FILE.json         both, with a result file
     python bench compare A.json B.json          what got slower, or wrong: exit status 1

@@ -176,7 +176,7 @@ def _indexed(x, packed_row):
     return run
 
 
-def _linear(x, weight, bias=None, activation=None, library=None, **_):
+def _linear(x, weight, bias=None, activation=None, residual=None, library=None, **_):
     """F.linear through cuBLAS or cuBLASLt, or through whichever torch prefers."""
     if library and x.device.type != "cuda":
         raise Skip(f"{library} runs on a GPU alone")
@@ -191,17 +191,24 @@ def _linear(x, weight, bias=None, activation=None, library=None, **_):
         finally:
             torch.backends.cuda.preferred_blas_library(before)
 
-    return (lambda: F.gelu(product())) if activation else product
+    return lambda: _followed(product(), activation, residual)
 
 
-def _bare(x, weight, bias=None, activation=None, **_):
-    if not activation:
+def _followed(y, activation, residual):
+    y = F.gelu(y) if activation else y
+    return y if residual is None else y + residual
+
+
+def _bare(x, weight, bias=None, activation=None, residual=None, **_):
+    if not activation and residual is None:
         raise Skip("is F.linear, as nothing follows the product")
+    if x.requires_grad:
+        raise Skip("forward alone: what follows the product has gradients too")
     return lambda: F.linear(x, weight, bias)
 
 
-def _with_gelu(y, activation=None, **_):
-    return [F.gelu(y)]  # outside of the clock's sight
+def _with_the_rest(y, activation=None, residual=None, **_):
+    return [_followed(y, activation, residual)]  # outside of the clock's sight
 
 
 # The baseline of each op: what one would write with torch alone.
@@ -229,6 +236,6 @@ OTHERS = {
     "linear": (
         peer("cuBLAS", partial(_linear, library="cublas")),
         peer("cuBLASLt", partial(_linear, library="cublaslt")),
-        peer("bare product", _bare, _with_gelu),
+        peer("bare product", _bare, _with_the_rest),
     ),
 }  # fmt: skip

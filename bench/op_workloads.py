@@ -1,8 +1,6 @@
-"""The ops, forward and backward: each case of each Spec, and the products of a layer, against the
-definition and what torch and others offer."""
+"""The ops, forward and backward: each case of each Spec, against the definition and what torch and
+others offer."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,57 +8,8 @@ from lengths import lengths_of
 from op_peers import BASELINES, OTHERS
 from workloads import Contender, Problem, Workload
 
-from bert_fast.kernels import SPECS, linear
+from bert_fast.kernels import SPECS
 
-
-# -- products, which no Spec declares -------------------------------------------------------
-def _linear_ref(x, weight, bias, activation=None):
-    y = x @ weight.T + bias
-    return torch.nn.functional.gelu(y) if activation else y
-
-
-def _linear_inputs(dtype, device, T, K, N, activation=None):
-    return {
-        "x": torch.randn(T, K, device=device).to(dtype),
-        "weight": (torch.randn(N, K, device=device) * K**-0.5).to(dtype),
-        "bias": torch.randn(N, device=device).to(dtype),
-        "activation": activation,
-    }
-
-
-def _linear_cost(itemsize, T, K, N, **_):
-    return 2 * T * K * N, (T * (K + N) + N * K + N) * itemsize
-
-
-@dataclass(frozen=True)
-class Product:
-    """What Spec says of an op, for the products of one size of BERT."""
-
-    name: str
-    bench: tuple
-    cases: tuple
-    fn: Callable = linear
-    ref: Callable = _linear_ref
-    inputs: Callable = _linear_inputs
-    cost: Callable = _linear_cost
-
-    def label(self, case):
-        sizes = f"T={case['T']}, {case['K']} to {case['N']}"
-        return f"linear {self.name}({sizes}{', gelu' if 'activation' in case else ''})"
-
-
-def _products(name, H, T):
-    """Of a layer: q, k and v at once; out; both of the feed-forward."""
-    sizes = ({"K": H, "N": 3 * H}, {"K": H, "N": H}, {"K": H, "N": 4 * H, "activation": "gelu"},
-             {"K": 4 * H, "N": H})  # fmt: skip
-    small = {"T": 64, **sizes[2]}
-    return Product(name, tuple({"T": t, **size} for t in T for size in sizes), (small,))
-
-
-PRODUCTS = {
-    "cuda": (_products("base", 768, (16384, 128)), _products("large", 1024, (16384, 128))),
-    "cpu": (_products("base", 768, (1024, 128)), _products("large", 1024, (1024, 128))),
-}
 MORE = {  # cases beside a Spec's
     "attention": tuple(
         {"lengths": tuple(lengths.tolist()), "heads": 12, "D": 64}
@@ -80,19 +29,18 @@ def ops(dtype, device, quick, tf32=False):
     For the first few cases of an op that has gradients, their backward too.
     """
     found = []
-    for spec in (*SPECS, *PRODUCTS[device.type]):
-        op = "linear" if isinstance(spec, Product) else spec.name
-        cases = (*spec.bench, *MORE.get(op, ()))
+    for spec in SPECS:
+        cases = (*spec.bench, *MORE.get(spec.name, ()))
         for n, case in enumerate(cases[: 1 if quick else None]):
-            found.append(_workload(op, spec, case, dtype, device, tf32))
+            found.append(_workload(spec, case, dtype, device, tf32))
             if n < DIFFERENTIATED and _differentiable(spec):
-                found.append(_workload(op, spec, case, dtype, device, tf32, backward=True))
+                found.append(_workload(spec, case, dtype, device, tf32, backward=True))
     return found
 
 
-def _workload(op, spec, case, dtype, device, tf32, backward=False):
-    baseline = BASELINES.get(op, DEFINITION)
-    contenders = tuple(dict.fromkeys((DEFINITION, baseline, *OTHERS.get(op, ()), OURS)))
+def _workload(spec, case, dtype, device, tf32, backward=False):
+    baseline = BASELINES.get(spec.name, DEFINITION)
+    contenders = tuple(dict.fromkeys((DEFINITION, baseline, *OTHERS.get(spec.name, ()), OURS)))
     return Workload(
         name=spec.label(case) + (" backward" if backward else ""),
         dtype=dtype,

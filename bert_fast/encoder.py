@@ -134,8 +134,7 @@ def layer_forward(architecture, layer, x, tokens, causal, memory=None, cache=Non
         x = _add_norm(part, _attend_to(part, x, tokens, memory, cache, index), x, tokens)
     part = find(layer, architecture.feed_forward)
     h = _product(part.up, x, tokens, "gelu")
-    h = _product(part.down, h, tokens)
-    return _norm(part.norm, h, x, tokens)
+    return _norm(part.norm, _product(part.down, h, tokens, residual=x), tokens)
 
 
 def _attend(part, x, tokens, causal, cache, index):
@@ -173,24 +172,19 @@ def _products(x, tokens, core, *linears):
     return y.view(len(x), len(linears), weight.shape[0] // (len(linears) * D), D).unbind(1)
 
 
-def _product(linear, x, tokens, activation=None):
-    return ops.linear(x, linear.weight, linear.bias, activation, tokens.num_tokens)
+def _product(linear, x, tokens, activation=None, residual=None):
+    return ops.linear(
+        x, linear.weight, linear.bias, activation, residual, num_tokens=tokens.num_tokens
+    )
 
 
 def _add_norm(part, h, x, tokens):
     """LayerNorm(dense(h) + x): the end of an attention."""
-    return _norm(part.norm, _product(part.dense, h, tokens), x, tokens)
+    return _norm(part.norm, _product(part.dense, h, tokens, residual=x), tokens)
 
 
-def _norm(norm, h, residual, tokens):
-    return ops.layer_norm(
-        h,
-        norm.weight,
-        norm.bias,
-        residual=residual,
-        eps=norm.eps,
-        num_tokens=tokens.num_tokens,
-    )
+def _norm(norm, h, tokens):
+    return ops.layer_norm(h, norm.weight, norm.bias, eps=norm.eps, num_tokens=tokens.num_tokens)
 
 
 def _keep(cache, index, k, v, tokens):

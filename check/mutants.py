@@ -471,6 +471,7 @@ _SUM = "a pointer and an offset add up in either order"
 _SLOWER = "more tiles go through the masked loop, which computes the same, only slower"
 _TYPE = "the interpreter promotes, to the same number; Triton refuses a loop that changes a type"
 _UNUSED = "a tile without a mask reads neither"
+_ALL_TRUE = "the mask of a step that does not go past K is true everywhere"
 _ANY = r".* arguments swapped: "
 PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tells the two apart
     _ANY + r"load_row\((.+), offs_n, mask_n\)  ->  load_row\(offs_n, \1, mask_n\)": _SUM,
@@ -519,6 +520,14 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"attention\._forward_kernel name: .*, length_k, last, .*"
     r"  ->  .*, length_q, last, .* False, .*": _UNUSED,
     r"attention\._forward_kernel flag: .*, False, .*  ->  .*, True, .*": _SLOWER,
+    # linear
+    r"linear\._accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
+    r"linear\._forward_kernel flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
+    r"linear\._accumulate number: tl\.load\(.*other=1\.0\)": "past K the other factor is 0",
+    r"linear\._forward_kernel (condition|comparison): .*full <=? K:?|linear\._forward_kernel "
+    r"condition: if full < K:  ->  if True:": (
+        "a step that is past K altogether adds products of zeros"
+    ),
     # packing
     r"packing\._count_kernel cast dropped: \(mask != 0\)\.to\(tl\.int32\)  ->  mask != 0": (
         "added to int32, a truth value is 0 or 1"

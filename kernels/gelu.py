@@ -52,9 +52,9 @@ def _forward_kernel(
             return
     offs_n = pid % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    z = tl.load(x_ptr + row * stride_xm + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    z = tl.load(x_ptr + row * stride_xm + offs_n, mask=mask_n).to(tl.float32)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        z += tl.load(bias_ptr + offs_n, mask=mask_n)
 
     y = ACT(z)
 

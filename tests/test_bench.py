@@ -235,7 +235,7 @@ def test_in_haste_slow_builds_are_left_out():
 
 # -- workloads ------------------------------------------------------------------------------
 def test_every_peer_is_of_an_op_that_there_is():
-    assert BASELINES.keys() | OTHERS.keys() <= {"linear", *(spec.name for spec in SPECS)}
+    assert BASELINES.keys() | OTHERS.keys() <= {spec.name for spec in SPECS}
 
 
 def test_lengths_have_the_figures_that_are_published():
@@ -281,27 +281,25 @@ def measured(workload, in_haste=True):
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter is not timed")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("spec", (*SPECS, op_workloads.PRODUCTS["cpu"][0]), ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_every_contender_of_an_op_gives_what_the_definition_gives(spec, backward):
     if backward and not op_workloads._differentiable(spec):
         pytest.skip("has no gradients")
-    op = "linear" if spec.name == "base" else spec.name
     case = spec.cases[0]
     found = measured(
-        op_workloads._workload(op, spec, case, torch.float32, CPU, False, backward=backward)
+        op_workloads._workload(spec, case, torch.float32, CPU, False, backward=backward)
     )
     assert {row["status"] for row in found.values()} <= {"ok", "skipped"}, found
     assert all(row["error"]["max"] < 1e-3 for row in found.values() if row["status"] == "ok")
-    names = {"definition", "ours", BASELINES[op].name}
+    names = {"definition", "ours", BASELINES[spec.name].name}
     assert all(found[name]["status"] == "ok" for name in names)
 
 
 def test_a_backward_moves_each_input_and_gradient_once():
     case = {"T": 3, "K": 5, "N": 7}
-    problem = op_workloads._backward_problem(
-        op_workloads.PRODUCTS["cpu"][0], case, torch.float32, CPU
-    )
-    assert problem.work == {"C": 2.5 * 2 * 3 * 5 * 7, "B": 4 * (2 * (3 * 5 + 7 * 5 + 7) + 3 * 7)}
+    (spec,) = (s for s in SPECS if s.name == "linear")
+    problem = op_workloads._backward_problem(spec, case, torch.float32, CPU)
+    assert problem.work == {"C": 2.5 * 3 * 7 * (2 * 5 + 1), "B": 4 * (2 * (3 * 5 + 7 * 5 + 7) + 3 * 7)}
 
 
 def tiny(prepare, contenders, lengths="cola-128x3", dtype=torch.float32):
