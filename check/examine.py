@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from judge import LAYOUTS, Judge, further_rows, laid_out
+from judge import LAYOUTS, Judge, further_rows, is_float, laid_out
 from sanitizer import Sanitizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,6 +64,7 @@ def faults(spec):
         yield from of_case(spec, case, dtype, layout)
     for case in spec.cases[:2] if spec.packed else ():
         yield from of_rows_past_num_tokens(spec, case)
+    yield from of_infinity(spec, spec.cases[0])
     yield from of_traps(spec)
     for case in spec.huge:
         yield from of_size(spec, case)
@@ -115,6 +116,20 @@ def of_rows_past_num_tokens(spec, case):
         yield f"{where}: they reach the result"
     if result[len(expected) :].any():
         yield f"{where}: they are not zero in the result"
+
+
+def of_infinity(spec, case):
+    """Infinity in a row: it stays there, and is what the definition makes of it."""
+    inputs = inputs_of(spec, case, torch.float16)
+    for name in spec.packed:
+        if is_float(t := inputs[name]):
+            infinite = {**inputs, name: t.clone()}
+            infinite[name][0] = torch.inf
+            result, _ = call(spec, infinite)
+            share, _ = Judge(spec, infinite, torch.float16)(result)
+            if not share <= 1:
+                where = f"{spec.label(case)}, infinity in {name}"
+                yield f"{where}: the error is {share:.2g} times what is allowed"
 
 
 def of_traps(spec):

@@ -472,6 +472,7 @@ _SLOWER = "more tiles go through the masked loop, which computes the same, only 
 _TYPE = "the interpreter promotes, to the same number; Triton refuses a loop that changes a type"
 _UNUSED = "a tile without a mask reads neither"
 _ALL_TRUE = "the mask of a step that does not go past K is true everywhere"
+_DIGITS = "moves a result by less than rounding to 16 bits does, which is the form's precision"
 _ANY = r".* arguments swapped: "
 PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tells the two apart
     _ANY + r"load_row\((.+), offs_n, mask_n\)  ->  load_row\(offs_n, \1, mask_n\)": _SUM,
@@ -528,6 +529,11 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"condition: if full < K:  ->  if True:": (
         "a step that is past K altogether adds products of zeros"
     ),
+    # pointwise
+    r"pointwise\.gelu_exp2 number: -0\.00040682035 \* a  ->  -0\.000407.*": _DIGITS,
+    r"pointwise\.gelu_exp2 number: .* \* a \+ 0\.0066143439  ->  .* 0\.00662.*": _DIGITS,
+    r"pointwise\.gelu_exp2 number: p \* a - 0\.050666305  ->  p \* a - 0\.0507.*": _DIGITS,
+    r"pointwise\.gelu_exp2 number: p \* a - 1\.0001055  ->  p \* a - 1\.0": _DIGITS,
     # packing
     r"packing\._count_kernel cast dropped: \(mask != 0\)\.to\(tl\.int32\)  ->  mask != 0": (
         "added to int32, a truth value is 0 or 1"
