@@ -5,16 +5,18 @@
     model = bert_fast.accelerate(any_model_with_a_bert_inside)
     print(bert_fast.report(model))
     bert_fast.restore(model)
+    bert_fast.answer(question, context, model, tokenizer)
 """
 
 from importlib.metadata import version
 
 from . import attention_interface, auto, modeling
+from .answer import answer
 from .auto import *  # noqa: F403
 from .modeling import *  # noqa: F403
 from .swap import accelerate, report, restore
 
 __version__ = version("bert_fast")
-__all__ = ["accelerate", "attention_interface", "report", "restore"]
+__all__ = ["accelerate", "answer", "attention_interface", "report", "restore"]
 __all__ += auto.__all__
 __all__ += modeling.__all__
