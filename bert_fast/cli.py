@@ -1,4 +1,5 @@
-"""The bert-fast command: embed texts, look at the machine (doctor), see it all at once (demo).
+"""The bert-fast command: embed texts, answer questions, look at the machine (doctor), see it all at
+once (demo).
 
 Results go to stdout, everything else to stderr. An error is one line, and a traceback above it with
 --debug. Exit codes: 2 for input that cannot be used, 1 for a failed check of doctor and for a
@@ -29,7 +30,8 @@ from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from . import __version__, accelerate, doctor, report
+from . import BertForQuestionAnswering, __version__, accelerate, doctor, report
+from . import answer as find_answers
 from .checkpoints import SHIPPED
 from .corpus import docstrings
 from .encode import POOLINGS, encode, load, positions, tokenize
@@ -66,6 +68,8 @@ main = typer.Typer(cls=_OneLineErrors, add_completion=False)
 
 # _OneLineErrors reads it from the arguments: the command it is given to may not even have started.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and arithmetic.")]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -115,12 +119,12 @@ def embed(
     pooling: Annotated[
         Pooling, typer.Option(help="The state of [CLS], or the mean over all tokens.")
     ] = Pooling.cls,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and arithmetic.")] = Dtype.float32,
+    dtype: DtypeOption = Dtype.float32,
     device: Device = None,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Positions in a batch; fewer take less memory.")
     ] = 8192,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE.npy", help="Write them there, float32, a row for each text."),
@@ -233,10 +237,112 @@ def _describe(name, model):
     )
 
 
+# -- answer ---------------------------------------------------------------------------------
+@main.command()
+def answer(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", show_default=False)],
+    context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Where the answer is.", show_default="standard input, all of it"
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file of text in the place of --context.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID_OR_DIR",
+            help="A BERT trained to answer questions: a directory, or an id on the model hub."
+            " Required.",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="The most answers to print.")] = 1,
+    null_threshold: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER",
+            help="Allow that there is no answer: where its logits exceed those of the best answer"
+            " by more than this. 0 for a model trained on SQuAD 2.",
+            show_default="there is an answer",
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.float32,
+    device: Device = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+):
+    """Find the part of a text that answers a question, its probability and its place.
+
+    Places count characters of the text, from 0; the end is the first behind the answer.
+    """
+    if model is None:
+        raise ValueError(
+            "--model is required: give a BERT with a question-answering head; the checkpoint that"
+            " bert_fast ships has none"
+        )
+    device = _device(device)
+    _check_text("QUESTION", question)
+    context = _context(context, file)
+    bert, tokenizer = load(model, getattr(torch, dtype.value), device, BertForQuestionAnswering)
+    _say(_describe(model, bert))
+    found = find_answers(
+        question, context, bert, tokenizer, top_k=top_k, null_threshold=null_threshold
+    )
+
+    if as_json:
+        document = {
+            "model": model,
+            "dtype": dtype.value,
+            "device": str(device),
+            "question": question,
+            "answers": [answer._asdict() for answer in found],
+        }
+        print(json.dumps(document, allow_nan=False), flush=True)
+    else:
+        table = Table("score", "start", "end", Column("answer", overflow="fold"), box=None)
+        for answer in found:
+            text = " ".join(answer.text.split()) or "(no answer)"
+            table.add_row(f"{answer.score:.4f}", str(answer.start), str(answer.end), Text(text))
+        Console().print(table)
+
+
+def _context(context, file):
+    """The text to look in, its line ends as they are, so that places in it hold."""
+    if context is not None and file is not None:
+        raise ValueError("--context and --file: give one of them, got both")
+    if context is not None:
+        return _check_text("--context", context)
+    if file is not None:
+        whence, read = f"--file {file}", lambda: file.read_bytes()
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise ValueError("no context: give --context TEXT, --file FILE, or text on standard input")
+    else:
+        whence, read = "standard input", lambda: sys.stdin.buffer.read()
+    try:
+        return _check_text(whence, read().decode("utf-8-sig"))
+    except UnicodeError as error:
+        raise ValueError(f"{whence} must be UTF-8 ({error}); convert it first") from error
+    except OSError as error:
+        raise OSError(f"{whence}: {error.strerror}; give a file of text") from error
+
+
+def _check_text(whence, text):
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise ValueError(f"{whence} must be UTF-8 ({error}); convert it first") from error
+    if not text.strip():
+        raise ValueError(f"{whence} is blank; give some text")
+    return text
+
+
 # -- doctor ---------------------------------------------------------------------------------
 @main.command("doctor")
 def _doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ):
     """Say what runs here, check every op against its definition, and what to do about problems.

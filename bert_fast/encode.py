@@ -23,26 +23,34 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def load(name, dtype=torch.float32, device="cpu"):
-    """The encoder and the tokenizer of a BERT checkpoint, whatever head it has, or none.
+def load(name, dtype=torch.float32, device="cpu", cls=BertModel):
+    """The model and the tokenizer of a BERT checkpoint.
 
     name  a directory in transformers' format, or an id on the model hub
+    cls   a class of bert_fast, whose head the checkpoint must have; BertModel, which comes without
+          a pooler, takes a checkpoint with any head or none
 
-    Returns (bert_fast.BertModel without a pooler, tokenizer). Raises OSError where there is no
-    checkpoint and ValueError where it is not a BERT's or not whole: transformers itself would fill
-    what is missing with random weights or an empty vocabulary.
+    Returns (cls, tokenizer). Raises OSError where there is no checkpoint and ValueError where it is
+    not a BERT's or not whole: transformers itself would fill what is missing with random weights or
+    an empty vocabulary.
     """
     _check_config(name)
+    keywords = {"add_pooling_layer": False} if cls is BertModel else {}
     try:
-        model, info = BertModel.from_pretrained(
-            name, add_pooling_layer=False, dtype=dtype,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
+        model, info = cls.from_pretrained(
+            name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **keywords
+        )
     except UNREADABLE as error:
         raise ValueError(
             f"{name}: cannot read the weights ({_why(error)}); save or download them again"
         ) from error
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    if missing and cls is not BertModel and not any(key.startswith("bert.") for key in missing):
+        raise ValueError(
+            f"{name}: has no head of {cls.__name__} ({', '.join(missing)} are not in it); give a"
+            f" checkpoint that was saved as one"
+        )
+    if missing:
         raise ValueError(
             f"{name}: {len(missing)} of the encoder's {len(model.state_dict())} weights are not in"
             f" it ({missing[0]}, ...); they would be random, so save or download it again"
