@@ -12,7 +12,7 @@ import bert_fast
 from bert_fast.checkpoints import SHIPPED
 
 QUESTION = "Who wrote it?"
-CONTEXT = "It was written by Ada Lovelace,\r\nin 1843, [bold]a century[/] before."
+CONTEXT = "\r\nIt was written by Ada Lovelace,\r\nin 1843, [bold]a century[/] before."
 
 
 @pytest.fixture(scope="module")
