@@ -62,7 +62,7 @@ def faults(spec):
     """What is wrong with spec, in words, one after the other."""
     for case, dtype, layout in plan(spec):
         yield from of_case(spec, case, dtype, layout)
-    for case in spec.cases[:2] if spec.packed else ():
+    for case in (*spec.cases[:2], *_empty(spec)) if spec.packed else ():
         yield from of_rows_past_num_tokens(spec, case)
     yield from of_infinity(spec, spec.cases[0])
     yield from of_traps(spec)
@@ -103,6 +103,15 @@ def of_case(spec, case, dtype, layout):
             yield f"{where}: {count} elements of the result are not written"
     if not share <= 1:
         yield f"{where}: the error is {share:.2g} times what is allowed"
+
+
+def _empty(spec):
+    """The first case without a token, to which only rows past num_tokens are added."""
+    for case in spec.cases:
+        rows = inputs_of(spec, case, torch.float16)[spec.packed[0]]
+        if rows is not None and not len(rows):
+            return (case,)
+    return ()
 
 
 def of_rows_past_num_tokens(spec, case):
