@@ -32,7 +32,7 @@ INTERPRET = HAS_TRITON and bool(triton.knobs.runtime.interpret)
 if INTERPRET:
     from .interpreter import mend
 
-    MENDED = mend()
+    mend()
 MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU; older ones lack bf16 tensor cores and cp.async
 
 LIB = torch.library.Library("bert_fast", "FRAGMENT")
