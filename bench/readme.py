@@ -14,7 +14,7 @@ RESULTS, PICTURES, README = (
     ROOT / "bench" / "results", ROOT / "docs" / "pictures", ROOT / "README.md"
 )  # fmt: skip
 BEGIN, END = "<!-- printed by `python bench readme` -->", "<!-- end of what is printed -->"
-COLUMNS = ("stock eager", "torch.compile", "FlashAttention unpadded")  # beside the baseline
+COLUMNS = ("stock eager", "torch.compile", "onnxruntime", "FlashAttention unpadded")  # beside the baseline
 
 
 def newest(folder=RESULTS):
