@@ -169,7 +169,8 @@ def _products(x, tokens, core, *linears):
     weight, bias = (as_one(*(getattr(m, n) for m in linears)) for n in ("weight", "bias"))
     y = ops.linear(x, weight, bias, num_tokens=tokens.num_tokens)
     D = core.attention_head_size
-    return y.view(len(x), len(linears), weight.shape[0] // (len(linears) * D), D).unbind(1)
+    # Not len(x), here and in the ops: torch.export would take it for a constant.
+    return y.view(x.shape[0], len(linears), weight.shape[0] // (len(linears) * D), D).unbind(1)
 
 
 def _product(linear, x, tokens, activation=None, residual=None):

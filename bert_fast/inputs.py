@@ -60,7 +60,7 @@ def check(model, inputs):
                 f"{me}: {other_name} must be [{B}, {S}] like {name}, got {list(t.shape)}"
             )
     states = inputs.encoder_hidden_states
-    if states is not None and (states.ndim != 3 or len(states) != B):
+    if states is not None and (states.ndim != 3 or states.shape[0] != B):
         want = f"[{B}, length, hidden] like {name}"
         raise ValueError(f"{me}: encoder_hidden_states must be {want}, got {list(states.shape)}")
     return _check_mask(me, "attention_mask", inputs.attention_mask, name, (B, S)) or (

@@ -347,7 +347,7 @@ def attention(
     for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
         if t is None:
             continue
-        if t.dtype != torch.int32 or t.ndim != 1 or t.shape != cu_seqlens.shape or not len(t):
+        if t.dtype != torch.int32 or t.ndim != 1 or t.shape != cu_seqlens.shape or t.shape[0] == 0:
             raise ValueError(f"attention: {name} must be int32[B + 1], got {show(t)}")
         if t.device != q.device:
             raise ValueError(f"attention: {name} must be on {q.device} like q, got {show(t)}")

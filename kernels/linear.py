@@ -345,8 +345,8 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
     N = weight.shape[0]
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         raise ValueError(f"linear: bias must be {dtype}[{N}] like weight, got {show(bias)}")
-    if residual is not None and (residual.shape != (len(x), N) or residual.dtype != x.dtype):
-        want = f"{dtype}[{len(x)}, {N}]"
+    if residual is not None and (residual.shape != (x.shape[0], N) or residual.dtype != x.dtype):
+        want = f"{dtype}[{x.shape[0]}, {N}]"
         raise ValueError(f"linear: residual must be {want} like the result, got {show(residual)}")
     launch.check_num_tokens("linear", num_tokens, x)
     if torch.is_grad_enabled():
