@@ -14,7 +14,8 @@ RESULTS, PICTURES, README = (
     ROOT / "bench" / "results", ROOT / "docs" / "pictures", ROOT / "README.md"
 )  # fmt: skip
 BEGIN, END = "<!-- printed by `python bench readme` -->", "<!-- end of what is printed -->"
-COLUMNS = ("stock eager", "torch.compile", "onnxruntime", "FlashAttention unpadded")  # beside the baseline
+# beside the baseline
+COLUMNS = ("stock eager", "torch.compile", "onnxruntime", "FlashAttention unpadded")
 
 
 def newest(folder=RESULTS):

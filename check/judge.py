@@ -74,7 +74,8 @@ class Judge:
         return max(distance(stock, truth), torch.finfo(self.dtype).eps / 2 * largest)
 
     def __call__(self, output):
-        """(error as a share of what is allowed, at most 1; error in units of stock's own).
+        """(error as a share of what is allowed, at most 1; error in units of stock's own, 0 where
+        stock makes none: no truth is a number of the dtype, or all are zeros).
 
         What is wrong beyond measure (shape, dtype, NaN, an integer) is inf.
         """
@@ -107,7 +108,7 @@ class Judge:
             share = share.masked_fill(truth.isinf() & (ours == rounded), 0.0)
             worst = max(worst, share.nan_to_num(torch.inf).max().item())
             error = max(error, distance(ours, truth))
-        return worst, error / self.stock if error else 0.0
+        return worst, error / self.stock if self.stock else 0.0
 
 
 def _tensors(result):

@@ -77,7 +77,7 @@ def numbers_and_words(printed):
 
 
 def test_the_page_has_every_application():
-    assert len(SECTIONS) == PAGE.count("\n## ") == PAGE.count("```python") == 7
+    assert len(SECTIONS) == PAGE.count("\n## ") == PAGE.count("```python") == 8
     for name in CHECKPOINTS:
         assert f'"{name}"' in PAGE
 
@@ -99,7 +99,9 @@ def test_a_block_prints_what_stock_does(section, folder, monkeypatch, capsys):
 
     bert_fast.restore(model)
     monkeypatch.setattr(bert_fast, "accelerate", lambda model: model)
-    for name in ("AutoModelForQuestionAnswering", "BertModel"):
+    for name in (
+        "AutoModelForQuestionAnswering", "AutoModelForSequenceClassification", "BertModel",
+    ):  # fmt: skip
         monkeypatch.setattr(bert_fast, name, getattr(transformers, name))
     monkeypatch.setattr("bert_fast.encode.load", stock_load)
     stock = run(SECTIONS[section].replace("print(bert_fast.report(model))", ""))
