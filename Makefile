@@ -2,6 +2,8 @@
 # make test   set up .venv and run the tests
 # make bench  time ops and models on the device that is there
 # make readme print the README's figures and pictures from bench/results/
+# make compat the tests with the oldest and newest torch and transformers: see tox.ini
+# make hf-tests SRC=FOLDER   transformers' own tests of BERT, from a checkout; MODELS="bert roberta"
 # make gpu    on a GPU: tests on the real kernels, sanitizer, benchmark, tuning, counters, each into a
 #             file in OUT; PART=tests, sanitize, bench, tune or ncu for that one alone
 #
@@ -24,8 +26,8 @@ INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tes
 	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py
 CASES := 2000
 
-.PHONY: demo test test-interpreter test-native check fuzz mutants aot bench readme gpu checkpoint lint \
-	clean
+.PHONY: demo test test-interpreter test-native check fuzz mutants aot bench readme \
+	compat hf-tests gpu checkpoint lint clean
 
 demo: .venv/ready
 	$(BIN)/bert-fast demo
@@ -59,6 +61,14 @@ bench: .venv/ready-to-bench
 readme: .venv/ready-to-bench
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plots]"
 	$(BIN)/python bench readme
+
+compat: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt tox
+	$(BIN)/tox run
+
+hf-tests: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt tox
+	SRC="$(abspath $(SRC))" $(BIN)/tox run -e hf -- $(MODELS:%=--model %)
 
 # No network: the Python of a machine with a GPU has its own torch and triton.
 gpu:
