@@ -154,14 +154,18 @@ def is_packed(spec, inputs):
     return inputs[spec.packed[0]].ndim == typical.ndim
 
 
-def further_rows(spec, inputs, rows=3):
-    """inputs with rows of NaN behind those of every packed one, and num_tokens to say so."""
+def further_rows(spec, inputs, fill=torch.nan, rows=3):
+    """inputs with rows of fill behind those of every packed one, and num_tokens to say so.
+
+    NaN, or an index outside every table, shows what is read of them. Of 0 every op makes a number,
+    which shows where it is written, as memory from torch.empty is NaN meanwhile.
+    """
     first = inputs[spec.packed[0]]
     further = dict(inputs)
     for name in spec.packed:
         if (t := inputs[name]) is not None:
-            poison = torch.nan if is_float(t) else 2**30
-            further[name] = torch.cat((t, t.new_full((rows, *t.shape[1:]), poison)))
+            value = 2**30 if fill and not is_float(t) else fill
+            further[name] = torch.cat((t, t.new_full((rows, *t.shape[1:]), value)))
     if "num_tokens" in inspect.signature(spec.fn).parameters:
         further["num_tokens"] = torch.tensor(
             [len(first)], dtype=torch.int32, device=first.device

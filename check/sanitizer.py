@@ -15,7 +15,8 @@ What is found
     outside         an access that no element of the tensor covers: past an end, between its rows,
                     in another tensor; `unmasked` where the access had no mask at all
     overflow        the same, after a 32-bit sum or product of that program passed 2^31
-    unwritten       a load of memory from torch.empty before anything was stored there
+    unwritten       a load of memory from torch.empty before anything was stored there, or of what
+                    was hidden (`hide`)
     two writers     two programs, or two lanes of one store, store to one element
     race            a program loads what another one of the launch stores
 What is not: values, so a mask that is too narrow shows in the tests alone; races within a program;
@@ -176,9 +177,16 @@ class Sanitizer:
         """How many elements of tensor, which came from torch.empty, nobody has written."""
         if not tensor.numel() or tensor.untyped_storage().data_ptr() not in self._unwritten:
             return 0
+        return int((~self._is_written(tensor)).sum())
+
+    def hide(self, tensor):
+        """A load from tensor is found, as of memory that nobody has written."""
+        self._is_written(tensor).fill_(False)
+
+    def _is_written(self, tensor):
+        """A bool for each element, which may be set."""
         written = torch.from_numpy(self._shadow(tensor).written)
-        at = written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        return int((~at).sum())
+        return written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def written(self, tensor):
         """torch has written to tensor."""

@@ -193,7 +193,7 @@ def _unit(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, _):
+def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
     q, k, v = _unit(q), _unit(k), _unit(v)
     heads, D = q.shape[1:]
     config = _config(D, q.itemsize, launch.arch())
@@ -227,7 +227,7 @@ def _batch(t, start, n, length):
     return t[start : start + n * length].unflatten(0, (n, length)).transpose(1, 2)
 
 
-def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, _):
+def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
     """One call of scaled_dot_product_attention for each run of sequences of equal lengths."""
     max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
     parts = []
@@ -254,9 +254,9 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
         o = F.pad(o, (0, 0, blind, 0)) if blind else o
         parts.append(o.transpose(1, 2).flatten(0, 1))
     if not parts:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+        return q.new_empty(q.shape)
     o = (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
-    return launch.pad_rows(o, len(q))
+    return launch.with_room(o, len(q))
 
 
 def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):
@@ -277,11 +277,8 @@ def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):
 # -- registration ---------------------------------------------------------------------------
 _attention = launch.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k,"
-    " SymInt max_seqlen, SymInt? max_seqlen_k, bool causal, float scale, Tensor? num_tokens)"
-    " -> Tensor",
-    outputs=lambda q, k, v, cu, cu_k, max_q, max_k, causal, scale, num_tokens: launch.empty(
-        q.shape, q, num_tokens
-    ),
+    " SymInt max_seqlen, SymInt? max_seqlen_k, bool causal, float scale) -> Tensor",
+    outputs=lambda q, *_: q.new_empty(q.shape),
     launch=_forward,
     plain=_plain,
 )
@@ -297,16 +294,16 @@ _attention_backward = launch.define_plain(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, num_tokens):
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
         ctx.save_for_backward(q, k, v, cu_q, cu_k)
         ctx.causal, ctx.scale = causal, scale
-        return _attention(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, num_tokens)
+        return _attention(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
         grads = _attention_backward(do, *ctx.saved_tensors, ctx.causal, ctx.scale)
-        return *grads, *[None] * 7
+        return *grads, *[None] * 6
 
 
 # -- public op ------------------------------------------------------------------------------
@@ -323,8 +320,8 @@ def attention(
     cu_seqlens_k, max_seqlen_k   the same of k and v; None means those of q
     causal        query i of Lq sees keys up to i + Lk - Lq, so the last query sees them all
     scale         factor of the scores; None means D ** -0.5
-    num_tokens    [1] integer, cu_seqlens[-1] on the device: states that q has further rows, which
-                  are not read, and are zeros in the result; None where it has none
+    num_tokens    [1] integer, as other ops take it; of no effect, as cu_seqlens[-1] says the same:
+                  rows past it are not read, and not written in the result
 
     Returns o [T, heads, D] in the dtype of q, contiguous; zeros for a query that sees no key.
     Differentiable once, in q, k and v. The last dimension is copied if it is not contiguous, the
@@ -353,9 +350,7 @@ def attention(
             raise ValueError(f"attention: {name} must be on {q.device} like q, got {show(t)}")
     launch.check_num_tokens("attention", num_tokens, q)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    args = (
-        q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, num_tokens,
-    )
+    args = (q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale)
     if torch.is_grad_enabled():
         return _Attention.apply(*args)
     return _attention(*args)

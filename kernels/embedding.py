@@ -183,7 +183,7 @@ def _plain(
                     f" got {low if low < 0 else high}"
                 )
     h = _sum(x, types, positions, word, token_type, position)
-    return launch.pad_rows(plain_layer_norm(h, weight, bias, eps, word.dtype), T)
+    return launch.with_room(plain_layer_norm(h, weight, bias, eps, word.dtype), T)
 
 
 def _plain_backward(
@@ -231,7 +231,7 @@ def _outputs(
 ):
     given = inputs_embeds if input_ids is None else input_ids
     T = given.shape[0] * given.shape[1] if row_index is None else row_index.shape[0]
-    return launch.empty((T, word.shape[1]), word, num_tokens)
+    return word.new_empty(T, word.shape[1])
 
 
 def _backward_outputs(
@@ -304,7 +304,7 @@ def embedding(
     eps             of the LayerNorm, added to the variance
     padding_idx     row of word that gets no gradient; None means each gets its own
     num_tokens      [1] integer on the device: entries of row_index past it are not read, and the
-                    rows are zeros in the result; None takes all
+                    rows not written in the result; None takes all
 
     Returns [T, N] in the dtype of word. Differentiable once, in the tables, weight, bias and
     inputs_embeds. Raises ValueError for any other shape or dtype, and for an id outside its table

@@ -93,7 +93,7 @@ def _sum(x, bias):
 def _plain(x, bias, num_tokens):
     (tokens,) = launch.head(num_tokens, x)
     y = F.gelu(_sum(tokens, bias)).to(x.dtype)
-    return launch.pad_rows(y, x.shape[0])
+    return launch.with_room(y, x.shape[0])
 
 
 def _plain_backward(dy, x, bias, num_tokens):
@@ -107,7 +107,7 @@ def _plain_backward(dy, x, bias, num_tokens):
 # -- registration ---------------------------------------------------------------------------
 _gelu = launch.define(
     "gelu(Tensor x, Tensor? bias, Tensor? num_tokens) -> Tensor",
-    outputs=lambda x, bias, num_tokens: launch.empty(x.shape, x, num_tokens),
+    outputs=lambda x, bias, num_tokens: x.new_empty(x.shape),
     launch=_forward,
     plain=_plain,
 )
@@ -142,7 +142,7 @@ def gelu(x, bias=None, num_tokens=None):
 
     x           [..., N], fp32, fp16 or bf16
     bias        [N], dtype of x; None adds nothing
-    num_tokens  [1] integer on the device of x [T, N]: rows past it are not read, and are zeros
+    num_tokens  [1] integer on the device of x [T, N]: rows past it are not read, and not written
                 in the result; None takes all rows
 
     Returns [..., N] in the dtype of x, contiguous. Differentiable once, in x and bias. Rows may

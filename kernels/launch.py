@@ -115,11 +115,6 @@ def define_plain(schema, outputs, plain):
     return getattr(torch.ops.bert_fast, name).default
 
 
-def empty(shape, like, num_tokens=None):
-    """Contiguous, uninitialised, or zeros where rows past num_tokens stay as they are."""
-    return (like.new_empty if num_tokens is None else like.new_zeros)(shape)
-
-
 def head(num_tokens, *tensors):
     """The first num_tokens rows of each tensor (or None); all of them if num_tokens is None."""
     if num_tokens is None:
@@ -128,8 +123,17 @@ def head(num_tokens, *tensors):
     return tuple(t if t is None else t[:count] for t in tensors)
 
 
+def with_room(t, M):
+    """t [T, ...] and, up to M, rows that nobody has written."""
+    if len(t) == M:
+        return t
+    out = t.new_empty(M, *t.shape[1:])
+    out[: len(t)] = t
+    return out
+
+
 def pad_rows(t, M):
-    """t [T, ...] with rows of zeros up to M."""
+    """t [T, ...] with rows of zeros up to M: a gradient, which others are added to."""
     if len(t) == M:
         return t
     out = t.new_zeros(M, *t.shape[1:])

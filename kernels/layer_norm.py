@@ -113,7 +113,7 @@ def _sum(x, residual):
 def _plain(x, weight, bias, residual, eps, num_tokens):
     M = len(x)
     x, residual = launch.head(num_tokens, x, residual)
-    return launch.pad_rows(plain_layer_norm(_sum(x, residual), weight, bias, eps, x.dtype), M)
+    return launch.with_room(plain_layer_norm(_sum(x, residual), weight, bias, eps, x.dtype), M)
 
 
 def _plain_backward(dy, x, weight, residual, eps, num_tokens):
@@ -140,7 +140,7 @@ def layer_norm_gradients(dy, h, weight, eps):
 _layer_norm = launch.define(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps,"
     " Tensor? num_tokens) -> Tensor",
-    outputs=lambda x, weight, bias, residual, eps, num_tokens: launch.empty(x.shape, x, num_tokens),
+    outputs=lambda x, weight, bias, residual, eps, num_tokens: x.new_empty(x.shape),
     launch=_forward,
     plain=_plain,
 )
@@ -179,8 +179,8 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
     weight, bias  [N], one dtype
     residual      shape and dtype of x; None adds nothing
     eps           added to the variance, so in units of x squared; BERT's by default
-    num_tokens    [1] integer on the device of x [T, N]: rows past it are not read, and are
-                  zeros in the result; None takes all rows
+    num_tokens    [1] integer on the device of x [T, N]: rows past it are not read, and not
+                  written in the result; None takes all rows
 
     Returns [..., N] in the dtype of x, contiguous. Differentiable once, in x, weight, bias and
     residual. Rows may lie any even distance apart; an input laid out otherwise is copied first.

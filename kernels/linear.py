@@ -68,10 +68,8 @@ def _finish(
     y,  # [BLOCK_M, BLOCK_N]: x W^T in fp32
     bias_ptr, residual_ptr, y_ptr, stride_rt,
     start_m, start_n,
-    rows,  # that count, of T
-    T, N,
+    rows, N,
     ACT: tl.constexpr,
-    COUNTED: tl.constexpr,  # rows may be less than T
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """All that follows the product, of the part of y that starts at (start_m, start_n)."""
@@ -83,13 +81,10 @@ def _finish(
         y += tl.load(bias_ptr + offs_n, mask=mask_n)[None, :]
     if ACT is not None:
         y = ACT(y)
+    mask = (offs_m < rows)[:, None] & mask_n[None, :]
     if residual_ptr is not None:
-        mask = (offs_m < rows)[:, None] & mask_n[None, :]
         residual_ptrs = residual_ptr + rows_m * stride_rt + offs_n[None, :]
         y += tl.load(residual_ptrs, mask=mask)
-    if COUNTED:
-        y = tl.where((offs_m < rows)[:, None], y, 0.0)
-    mask = (offs_m < T)[:, None] & mask_n[None, :]
     tl.store(y_ptr + rows_m * N + offs_n[None, :], y, mask=mask)
 
 
@@ -116,13 +111,9 @@ def _forward_kernel(
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = T
-    COUNTED: tl.constexpr = num_tokens_ptr is not None
-    if COUNTED:
+    if num_tokens_ptr is not None:
         rows = tl.load(num_tokens_ptr)
         if start_m >= rows:
-            y_ptrs = y_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-            mask = (offs_m < T)[:, None] & (offs_n < N)[None, :]
-            tl.store(y_ptrs, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), mask=mask)
             return
 
     # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
@@ -142,11 +133,11 @@ def _forward_kernel(
     left, right = acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
     _finish(
         left, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n, rows, T, N, ACT, COUNTED, BLOCK_M, HALF_N,
+        start_m, start_n, rows, N, ACT, BLOCK_M, HALF_N,
     )
     _finish(
         right, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n + HALF_N, rows, T, N, ACT, COUNTED, BLOCK_M, HALF_N,
+        start_m, start_n + HALF_N, rows, N, ACT, BLOCK_M, HALF_N,
     )
 
 
@@ -234,7 +225,7 @@ def _onednn_takes(x, weight, residual):
 def _plain(x, weight, bias, activation, residual, num_tokens):
     T = len(x)
     x, residual = launch.head(num_tokens, x, residual)
-    return launch.pad_rows(_plain_rows(x, weight, bias, activation, residual), T)
+    return launch.with_room(_plain_rows(x, weight, bias, activation, residual), T)
 
 
 def _plain_rows(x, weight, bias, activation, residual):
@@ -328,7 +319,7 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
     bias        [N], dtype of x; None adds nothing
     activation  None, or "gelu": the exact-erf form
     residual    [T, N], dtype of x, added last; None adds nothing
-    num_tokens  [1] integer on the device of x: rows past it are not read, and are zeros in the
+    num_tokens  [1] integer on the device of x: rows past it are not read, and not written in the
                 result; None takes all rows
 
     Returns [T, N] in the dtype of x, contiguous. Differentiable once, in x, weight, bias and
@@ -419,7 +410,6 @@ SPEC = Spec(
     huge=(
         {"T": 2**20 + 3, "K": 2**11, "N": 64},  # x
         {"T": 2**20 + 3, "K": 64, "N": 2**11, "residual": True},
-        {"T": 2**20 + 3, "K": 64, "N": 2**11, "num_tokens": 64},  # tiles of zeros
         {"T": 64, "K": 2**12, "N": 2**20 + 3},  # weight
     ),
     bench=(

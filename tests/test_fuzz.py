@@ -18,6 +18,7 @@ if not INTERPRET:
 sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
 
 import fuzz
+from judge import is_packed
 from mutants import mutants_of
 
 CASES = 2000
@@ -75,6 +76,21 @@ def test_a_bug_in_a_kernel_is_found_and_shrunk():
         "op": "gelu", "case": {"shape": [1]}, "dtype": "float32", "layout": "contiguous",
         "magnitude": "plain", "poison": "none", "seed": 0,
     }  # fmt: skip
+
+
+def test_rows_past_num_tokens_that_are_written_are_found():
+    (spec,) = (s for s in SPECS if s.name == "gelu")
+    cases = (fuzz.case_of(n, 0, [spec]) for n in range(300))
+    drawn = next(
+        c for c in cases if c["poison"] == "rows" and is_packed(spec, fuzz.inputs_of(spec, c))
+    )
+    (goes_on,) = (
+        m for m in mutants_of(spec)
+        if m.change.endswith("if row >= tl.load(num_tokens_ptr):  ->  if False:")
+    )  # fmt: skip
+    assert fuzz.run(drawn)[0] is None
+    with goes_on.in_place():
+        assert fuzz.run(drawn)[0] == "rows past num_tokens are written"
 
 
 def test_a_failure_is_reported_with_its_line(monkeypatch, capsys):

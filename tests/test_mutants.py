@@ -16,6 +16,7 @@ if not INTERPRET:
 sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
 
 import mutants
+from examine import of_rows_past_num_tokens
 from mutants import OPERATORS, Verdict, campaign, mutants_of, problems, sample, verdict
 
 EVERY = [m for s in SPECS for m in mutants_of(s)]
@@ -61,6 +62,15 @@ def test_a_mutant_is_in_place_inside_and_gone_after():
                  "  ->  normalize(h, mask_n, N, eps) * weight").in_place():  # fmt: skip
             assert torch.allclose(layer_norm(*args), before - args[2], atol=1e-6)
         assert torch.equal(layer_norm(*args), before)
+
+
+@pytest.mark.parametrize("op", ["gelu", "layer_norm"])
+def test_rows_past_num_tokens_that_a_kernel_reads_and_writes_are_found(op):
+    (spec,) = (s for s in SPECS if s.name == op)
+    with one(op, "condition: if row >= tl.load(num_tokens_ptr):  ->  if False:").in_place():
+        found = "\n".join(of_rows_past_num_tokens(spec, spec.cases[0]))
+    assert "unwritten, x_ptr: loads element [4, 0] of [7, " in found
+    assert f"{3 * spec.cases[0]['shape'][1]} elements of them are written in the result" in found
 
 
 def test_a_mutant_that_does_not_end_is_stopped():

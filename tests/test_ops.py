@@ -123,14 +123,18 @@ def test_any_layout(spec, case, layout):
 
 
 @pytest.mark.parametrize("spec, case", cases(first=2, packed=True))
-def test_rows_past_num_tokens_are_not_read_and_zero(spec, case):
+def test_rows_past_num_tokens_are_neither_read_nor_written(spec, case):
+    """And their gradients are zeros, as autograd adds others to them."""
     inputs = inputs_of(spec, case)
     expected = results(spec, spec.fn, inputs)
-    ours = results(spec, spec.fn, further_rows(spec, inputs), dout_rows=len(expected["output"]))
-    assert ours.keys() == expected.keys()
-    for name, result in ours.items():
-        assert torch.equal(result[: len(expected[name])], expected[name]), name
-        assert not result[len(expected[name]) :].any(), name
+    for fill in (torch.nan, 0):  # read, the first would show; written, what the second gives
+        further = further_rows(spec, inputs, fill)
+        ours = results(spec, spec.fn, further, dout_rows=len(expected["output"]))
+        assert ours.keys() == expected.keys()
+        for name, result in ours.items():
+            assert torch.equal(result[: len(expected[name])], expected[name]), name
+            past = result[len(expected[name]) :]
+            assert past.isnan().all() if name == "output" else not past.any(), name
 
 
 ROWS, APART = 3, 2**30  # each stride fits 32 bits, the offset of the last row does not
