@@ -525,8 +525,11 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"linear\._accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
     r"linear\._forward_kernel flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
     r"linear\._accumulate number: tl\.load\(.*other=1\.0\)": "past K the other factor is 0",
-    r"linear\._forward_kernel (condition|comparison): .*full <=? K:?|linear\._forward_kernel "
-    r"condition: if full < K:  ->  if True:": (
+    r"linear\._forward_kernel name: .*, start_k, K, False, .*  ->  .*, start_k, [TN], .*": _UNUSED,
+    r"linear\._forward_kernel name: _accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
+        "a longer step is masked past K; the interpreter takes the largest tiles, none shorter"
+    ),
+    r"linear\._forward_kernel (condition|comparison): (if )?full < K:?  ->  (if True:|full <= K)": (
         "a step that is past K altogether adds products of zeros"
     ),
     # pointwise
