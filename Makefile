@@ -23,7 +23,8 @@ export PYTHONSAFEPATH := 1
 export TRITON_DEFAULT_FP_FUSION := 1
 
 INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tests/test_check.py \
-	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py
+	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py \
+	tests/test_waits.py
 CASES := 2000
 
 .PHONY: demo test test-interpreter test-native check fuzz mutants aot bench readme \

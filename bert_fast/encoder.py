@@ -30,8 +30,8 @@ class Tokens:
     row_index, packed_row   as of `pack`; None for a batch without padding, which is packed already
     num_tokens              T on the device, for tensors of B * S rows; None for tensors of T rows
 
-    static  whether T stays on the device; None means where no shape may depend on data. Else it is
-            read, which is one wait for the GPU, so that products do not compute the padding.
+    static  whether T stays on the device; None means as _stays_on_device says. Else it is read, and
+            a GPU waited for.
     """
 
     def __init__(self, attention_mask, B, S, device, static=None):
@@ -41,7 +41,7 @@ class Tokens:
             self.cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=device) * S
             return
         row_index, packed_row, self.cu_seqlens = ops.pack(attention_mask)
-        if _shapes_are_static(device) if static is None else static:
+        if _stays_on_device(device) if static is None else static:
             self.row_index, self.packed_row = row_index, packed_row
             self.num_tokens = self.cu_seqlens[-1:]
             return
@@ -61,11 +61,14 @@ class Tokens:
         return ops.unpack(x, self.packed_row)
 
 
-def _shapes_are_static(device):
-    """Whether no shape may depend on data: torch.compile, torch.export, CUDA graph capture."""
+def _stays_on_device(device):
+    """Whether T does: where no shape may depend on data (torch.compile, torch.export, CUDA graph
+    capture), and on a GPU unless gradients are wanted, whose ops are PyTorch on T rows."""
     if torch.compiler.is_compiling():
         return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and (
+        not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing()
+    )
 
 
 class Memory(NamedTuple):
