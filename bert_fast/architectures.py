@@ -61,7 +61,7 @@ def find(module, paths):
 class Architecture:
     """One model type of transformers. Paths start at a model, or at one of its layers."""
 
-    model_type: str  # as in config.json, and the package of its classes in transformers
+    model_type: str  # as in config.json
     parts: tuple[str, ...]  # classes of its modules, from the embeddings to the last layer
     embeddings: Embeddings
     encoder: str  # child of the model that has the layers, as `layer`
@@ -83,7 +83,8 @@ class Architecture:
 
     def classes(self):
         """The classes that its encoder may be made of."""
-        package = f"transformers.models.{self.model_type}.modeling_{self.model_type}"
+        name = self.model_type.replace("-", "_")
+        package = f"transformers.models.{name}.modeling_{name}"
         module = importlib.import_module(package)
         return {getattr(module, name) for name in self.parts}
 
@@ -144,7 +145,7 @@ ROBERTA = dataclasses.replace(
     BERT, model_type="roberta", parts=_bert_parts("Roberta"), position_ids=_after_padding
 )
 XLM_ROBERTA = dataclasses.replace(
-    ROBERTA, model_type="xlm_roberta", parts=_bert_parts("XLMRoberta")
+    ROBERTA, model_type="xlm-roberta", parts=_bert_parts("XLMRoberta")
 )
 CAMEMBERT = dataclasses.replace(ROBERTA, model_type="camembert", parts=_bert_parts("Camembert"))
 ELECTRA = dataclasses.replace(

@@ -30,7 +30,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from . import BertForQuestionAnswering, __version__, accelerate, doctor, report
+from . import __version__, accelerate, doctor, report
 from . import answer as find_answers
 from .checkpoints import SHIPPED
 from .corpus import docstrings
@@ -112,7 +112,7 @@ def embed(
         str,
         typer.Option(
             metavar="ID_OR_DIR",
-            help="A BERT with any head: a directory, or an id on the model hub.",
+            help="A BERT, RoBERTa, ELECTRA or DistilBERT with any head: a directory, or an id on the model hub.",
             show_default="the small one that bert_fast ships",
         ),
     ] = str(SHIPPED),
@@ -254,7 +254,7 @@ def answer(
         str | None,
         typer.Option(
             metavar="ID_OR_DIR",
-            help="A BERT trained to answer questions: a directory, or an id on the model hub."
+            help="A BERT, RoBERTa, ELECTRA or DistilBERT trained to answer questions: a directory, or an id on the model hub."
             " Required.",
             show_default=False,
         ),
@@ -286,7 +286,7 @@ def answer(
     device = _device(device)
     _check_text("QUESTION", question)
     context = _context(context, file)
-    bert, tokenizer = load(model, getattr(torch, dtype.value), device, BertForQuestionAnswering)
+    bert, tokenizer = load(model, getattr(torch, dtype.value), device, "ForQuestionAnswering")
     _say(_describe(model, bert))
     found = find_answers(
         question, context, bert, tokenizer, top_k=top_k, null_threshold=null_threshold

@@ -5,6 +5,7 @@
     embeddings = encode(ids, model, pooling="mean")
 """
 
+import inspect
 import os
 import pickle
 
@@ -13,7 +14,8 @@ import transformers
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
-from .modeling import BertModel
+from . import modeling
+from .swap import ENCODERS
 
 POOLINGS = ("cls", "mean")
 # What transformers raises, by its version, for files that it cannot make sense of.
@@ -23,29 +25,33 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def load(name, dtype=torch.float32, device="cpu", cls=BertModel):
-    """The model and the tokenizer of a BERT checkpoint.
+def load(name, dtype=torch.float32, device="cpu", head=None):
+    """The model and the tokenizer of a checkpoint of one of bert_fast's architectures.
 
     name  a directory in transformers' format, or an id on the model hub
-    cls   a class of bert_fast, whose head the checkpoint must have; BertModel, which comes without
-          a pooler, takes a checkpoint with any head or none
+    head  what the checkpoint must have, as in the name of a class: "ForQuestionAnswering"; None
+          takes a checkpoint with any head or none, for the encoder without a pooler
 
-    Returns (cls, tokenizer). Raises OSError where there is no checkpoint and ValueError where it is
-    not a BERT's or not whole: transformers itself would fill what is missing with random weights or
-    an empty vocabulary.
+    Returns (model of bert_fast, tokenizer). Raises OSError where there is no checkpoint and
+    ValueError where it is of another architecture or not whole: transformers itself would fill what
+    is missing with random weights or an empty vocabulary.
     """
-    _check_config(name)
-    keywords = {"add_pooling_layer": False} if cls is BertModel else {}
+    encoder = _encoder_of(name)
+    prefix = encoder.__name__.removesuffix("Model")
+    cls = encoder if head is None else getattr(modeling, prefix + head)
+    pools = "add_pooling_layer" in inspect.signature(encoder).parameters
     try:
         model, info = cls.from_pretrained(
-            name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **keywords
-        )
+            name, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True,
+            **({"add_pooling_layer": False} if pools and head is None else {}),
+        )  # fmt: skip
     except UNREADABLE as error:
         raise ValueError(
             f"{name}: cannot read the weights ({_why(error)}); save or download them again"
         ) from error
     missing = sorted(info["missing_keys"])
-    if missing and cls is not BertModel and not any(key.startswith("bert.") for key in missing):
+    in_encoder = [key for key in missing if key.startswith(f"{cls.base_model_prefix}.")]
+    if missing and head is not None and not in_encoder:
         raise ValueError(
             f"{name}: has no head of {cls.__name__} ({', '.join(missing)} are not in it); give a"
             f" checkpoint that was saved as one"
@@ -64,7 +70,8 @@ def load(name, dtype=torch.float32, device="cpu", cls=BertModel):
     return model.to(device), _tokenizer(name, model.config.vocab_size)
 
 
-def _check_config(name):
+def _encoder_of(name):
+    """The encoder class that a checkpoint's config asks for."""
     local = os.path.isdir(name)
     if not local and os.path.exists(name):
         raise NotADirectoryError(f"{name}: is a file; give the directory of the checkpoint")
@@ -81,9 +88,11 @@ def _check_config(name):
         raise FileNotFoundError(
             f"{name}: has no config.json; give a directory that save_pretrained wrote"
         )
+    known = {cls.architecture.model_type: cls for cls in ENCODERS}
     kind = config.get("model_type", "bert")  # checkpoints of 2019 do not say
-    if kind != "bert":
-        raise ValueError(f"{name}: is a {kind} model, not BERT; give one of model_type bert")
+    if kind not in known:
+        raise ValueError(f"{name}: is a {kind} model; give one of {', '.join(known)}")
+    return known[kind]
 
 
 def _tokenizer(name, vocab_size):
@@ -114,7 +123,11 @@ def _why(error):
 
 def positions(model, tokenizer):
     """The most tokens that a text may have."""
-    return min(model.config.max_position_embeddings, tokenizer.model_max_length)
+    rows = model.config.max_position_embeddings
+    architecture = getattr(model.base_model, "architecture", None)
+    if architecture and architecture.position_ids:  # those up to padding_idx are of no token
+        rows -= model.config.pad_token_id + 1
+    return min(rows, tokenizer.model_max_length)
 
 
 def tokenize(texts, tokenizer, limit):

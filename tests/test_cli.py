@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from models import stock_model
 from typer.testing import CliRunner
 
 import bert_fast
-from bert_fast import cli, doctor, kernels
+from bert_fast import cli, doctor, kernels, swap
 from bert_fast.checkpoints import SHIPPED
 from bert_fast.encode import batches, load
 from bert_fast.kernels.launch import INTERPRET
@@ -199,6 +200,32 @@ def test_a_checkpoint_may_have_any_head_or_none(tmp_path):
         assert "shipped" not in result.stderr
 
 
+@pytest.mark.parametrize("name", [cls.__name__ for cls in swap.ENCODERS])
+def test_a_checkpoint_may_be_of_any_architecture(name, tmp_path):
+    prefix = name.removesuffix("Model")
+    stock = stock_model(f"{prefix}ForQuestionAnswering", vocab_size=8192)
+    stock.save_pretrained(tmp_path)
+    names = ["input_ids", "attention_mask"]  # without token types: not all have them
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SHIPPED, model_input_names=names)
+    tokenizer.save_pretrained(tmp_path)
+    text = " ".join(TEXTS * 3)
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > 40  # there are 40 positions, less two in RoBERTa's family
+    result = run("embed", text, "--model", tmp_path, "--json", "--device", "cpu")
+    embedding = torch.tensor(json.loads(result.stdout)["embeddings"])
+    limit = 40 - (2 if stock.config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
+    cut = tokenizer(text, truncation=True, max_length=limit, return_tensors="pt")
+    with torch.inference_mode():
+        expected = stock.base_model(**cut).last_hidden_state[:, 0]
+    torch.testing.assert_close(embedding, expected, rtol=0, atol=1e-5)
+
+    fast, _ = load(str(tmp_path), head="ForQuestionAnswering")
+    assert type(fast) is getattr(bert_fast, f"{prefix}ForQuestionAnswering")
+    with torch.inference_mode():
+        expected = stock(**cut).start_logits
+        torch.testing.assert_close(fast(**cut).start_logits, expected, rtol=0, atol=1e-5)
+
+
 def test_a_checkpoint_of_2019_does_not_say_that_it_is_a_bert(checkpoint):
     path = checkpoint / "config.json"
     config = json.loads(path.read_text())
@@ -228,9 +255,13 @@ def test_batches_have_each_text_once_and_keep_to_their_size():
 BROKEN = {
     "no config.json": (lambda d: (d / "config.json").unlink(), "has no config.json"),
     "cut config.json": (lambda d: cut(d / "config.json"), "cannot read config.json"),
-    "RoBERTa": (
+    "GPT-2": (
+        lambda d: configure(d, model_type="gpt2"),
+        "is a gpt2 model; give one of bert, camembert, distilbert, electra, roberta, xlm-roberta",
+    ),
+    "the weights of another architecture": (
         lambda d: configure(d, model_type="roberta"),
-        "is a roberta model, not BERT",
+        "69 of the encoder's 69 weights are not in it",
     ),
     "no weights": (
         lambda d: (d / "model.safetensors").unlink(),
