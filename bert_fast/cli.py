@@ -112,7 +112,7 @@ def embed(
         str,
         typer.Option(
             metavar="ID_OR_DIR",
-            help="A BERT, RoBERTa, ELECTRA or DistilBERT with any head: a directory, or an id on the model hub.",
+            help="BERT, RoBERTa, ELECTRA or DistilBERT, any head: a directory, or an id on the hub.",
             show_default="the small one that bert_fast ships",
         ),
     ] = str(SHIPPED),
@@ -254,7 +254,7 @@ def answer(
         str | None,
         typer.Option(
             metavar="ID_OR_DIR",
-            help="A BERT, RoBERTa, ELECTRA or DistilBERT trained to answer questions: a directory, or an id on the model hub."
+            help="A model trained to answer questions: a directory, or an id on the model hub."
             " Required.",
             show_default=False,
         ),
