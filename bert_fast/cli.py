@@ -112,7 +112,7 @@ def embed(
         str,
         typer.Option(
             metavar="ID_OR_DIR",
-            help="BERT, RoBERTa, ELECTRA or DistilBERT, any head: a directory, or an id on the hub.",
+            help="BERT, RoBERTa, ELECTRA or DistilBERT, any head: a directory, or a hub id.",
             show_default="the small one that bert_fast ships",
         ),
     ] = str(SHIPPED),

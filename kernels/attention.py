@@ -412,7 +412,7 @@ SPEC = Spec(
     cases=(
         {"lengths": (37, 5, 64), "heads": 3},
         {"lengths": (65, 1, 0, 129), "D": 32},  # just past a block, and an empty one
-        {"lengths": (19, 40), "causal": True},
+        {"lengths": (19, 40), "D": 16, "causal": True},  # more rows than columns in a tile
         {"lengths": (130,), "heads": 1, "causal": True},
         {"lengths": (3, 70, 0), "lengths_k": (65, 1, 4)},
         {"lengths": (3, 40, 5), "lengths_k": (65, 7, 0), "causal": True},  # some see no key
