@@ -68,6 +68,8 @@ compat: .venv/ready
 	$(BIN)/tox run
 
 hf-tests: .venv/ready
+	@test -f "$(SRC)/tests/test_modeling_common.py" \
+		|| { echo "hf-tests: SRC must be a checkout of transformers, got '$(SRC)'"; exit 2; }
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt tox
 	SRC="$(abspath $(SRC))" $(BIN)/tox run -e hf -- $(MODELS:%=--model %)
 
