@@ -125,13 +125,13 @@ def reason_of_model(model):
     layers = model.architecture.layers(model)
     if model.training and any(m.__dict__.get("gradient_checkpointing") for m in layers):
         return "gradient checkpointing"
-    if torch.compiler.is_compiling():
-        return _first_reason(model, dtype, device, traced=True)
+    if torch.compiler.is_dynamo_compiling():  # it runs hooks, or breaks the graph for them
+        return _first_reason(model, dtype, device, hooks=False)
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "global module hooks"
     if output_capturing is not None and output_capturing._active_collector.get():
         return "an outer model records outputs of these modules"
-    return _first_reason(model, dtype, device, traced=False)
+    return _first_reason(model, dtype, device, hooks=True)
 
 
 def asked(model, kwargs, name):
@@ -140,13 +140,13 @@ def asked(model, kwargs, name):
     return getattr(model.config, name, False) if value is None else value
 
 
-def _first_reason(model, dtype, device, traced):
+def _first_reason(model, dtype, device, hooks):
     architecture = model.architecture
     index = device.index if device.type == "cuda" else -1  # as Tensor.get_device has it
     names = ("embeddings", architecture.project, architecture.encoder)
     todo = [model._modules[name] for name in names if name in model._modules]
     for module in todo:
-        if reason := _reason_of_module(module, dtype, index, traced):
+        if reason := _reason_of_module(module, dtype, index, hooks):
             return f"{_path(model, module)}: {reason}"
         todo += module._modules.values()
     heads, is_decoder = model.config.num_attention_heads, decodes(model)
@@ -176,7 +176,7 @@ def _reason_of_layer(architecture, layer, heads, is_decoder):
     return None
 
 
-def _reason_of_module(module, dtype, device_index, traced):
+def _reason_of_module(module, dtype, device_index, hooks):
     """As reason_of_model, of one module of the encoder. Called for each at each call: 1 us."""
     kind = type(module)
     if kind not in MODULES:
@@ -184,7 +184,7 @@ def _reason_of_module(module, dtype, device_index, traced):
     state = module.__dict__
     if "forward" in state and state["forward"] != kind.forward.__get__(module):
         return "forward replaced on the module"
-    if not traced and (  # dynamo runs hooks itself, or breaks the graph for them
+    if hooks and (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
@@ -197,8 +197,8 @@ def _reason_of_module(module, dtype, device_index, traced):
         if p is None:
             return "no bias or weight"
         if type(p) is not nn.Parameter and type(p) is not torch.Tensor:
-            if traced and type(p) is FakeTensor:  # torch.export puts them in the weights' place
-                continue
+            if type(p) is FakeTensor and torch.compiler.is_compiling():
+                continue  # torch.export puts it in the weight's place
             return f"weights of type {type(p).__name__}"
         if p.dtype is not dtype or p.get_device() != device_index:
             return f"{p.dtype} on {p.device} beside {dtype} on the model's device"

@@ -181,6 +181,15 @@ def test_torch_export_has_our_ops_and_any_batch(device):
     torch.testing.assert_close(ours.last_hidden_state, expected.last_hidden_state)
 
 
+def test_torch_export_runs_hooks_inside(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    fast.encoder.layer[0].register_forward_hook(lambda module, inputs, output: output * 0)
+    with torch.no_grad():
+        program = torch.export.export(fast, (), batch(device))
+        expected, ours = fast(**batch(device))[0], program.module()(**batch(device))[0]
+    torch.testing.assert_close(ours, expected)
+
+
 def test_restored_it_exports_to_onnx(tmp_path):
     stock = stock_model()
     fast = bert_fast.accelerate(copy.deepcopy(stock))
