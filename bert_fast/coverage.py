@@ -196,9 +196,9 @@ def _reason_of_module(module, dtype, device_index, hooks):
     for p in state["_parameters"].values():
         if p is None:
             return "no bias or weight"
-        if type(p) is not nn.Parameter and type(p) is not torch.Tensor:
-            if type(p) is FakeTensor and torch.compiler.is_compiling():
-                continue  # torch.export puts it in the weight's place
+        if type(p) is not nn.Parameter and type(p) is not torch.Tensor and not (
+            type(p) is FakeTensor and torch.compiler.is_compiling()  # torch.export's, for a weight
+        ):
             return f"weights of type {type(p).__name__}"
         if p.dtype is not dtype or p.get_device() != device_index:
             return f"{p.dtype} on {p.device} beside {dtype} on the model's device"

@@ -126,7 +126,7 @@ def positions(model, tokenizer):
     rows = model.config.max_position_embeddings
     architecture = getattr(model.base_model, "architecture", None)
     if architecture and architecture.position_ids:  # those up to padding_idx are of no token
-        rows -= model.config.pad_token_id + 1
+        rows -= model.base_model.embeddings.padding_idx + 1
     return min(rows, tokenizer.model_max_length)
 
 

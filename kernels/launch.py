@@ -134,10 +134,8 @@ def with_room(t, M):
 
 def pad_rows(t, M):
     """t [T, ...] with rows of zeros up to M: a gradient, which others are added to."""
-    if len(t) == M:
-        return t
-    out = t.new_zeros(M, *t.shape[1:])
-    out[: len(t)] = t
+    out = with_room(t, M)
+    out[len(t) :] = 0
     return out
 
 
