@@ -1,9 +1,11 @@
 """How large an op's error may be. Tests, the fuzzer and the mutants ask here.
 
 Truth is the definition in fp64 on the same inputs. Allowed are one ulp of each number, for rounding
-the result once, and four times what fp32 arithmetic costs the definition: the larger of the error
-that it has when it runs in fp32 itself, and of what it moves when its inputs move by an fp32 ulp.
-The second says how ill-conditioned the inputs are, where the first was lucky.
+the result once, and four times what fp32 arithmetic costs the definition, the largest of three:
+its error when it runs in fp32; that when each dot product is summed one term after the other, from
+either end, as a thread of a GPU sums and a library that sums in parts does not; and what it moves
+when its inputs move by an fp32 ulp, which says how ill-conditioned they are where the others were
+lucky.
 
 An op that must round inside (attention rounds its probabilities) is held to the definition in the
 same dtype, both terms taken in that dtype, once instead of four times.
@@ -12,6 +14,7 @@ same dtype, both terms taken in that dtype, once instead of four times.
 import inspect
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -35,6 +38,29 @@ def moved(inputs, eps, seed):
     return {k: move(t) if is_float(t) else t for k, t in inputs.items()}
 
 
+class InOrder(TorchDispatchMode):
+    """Dot products in products of matrices are summed one term after the other: from the first to
+    the last, or where backwards from the last to the first."""
+
+    def __init__(self, backwards=False):
+        super().__init__()
+        self.backwards = backwards
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            a, b = args
+            acc = a.new_zeros(*a.shape[:-1], b.shape[-1])
+        elif func is torch.ops.aten.addmm.default and not kwargs:
+            acc, a, b = args
+            acc = acc.expand(len(a), b.shape[-1]).clone()
+        else:
+            return func(*args, **(kwargs or {}))
+        terms = range(a.shape[-1])
+        for k in reversed(terms) if self.backwards else terms:
+            acc.addcmul_(a[..., k, None], b[..., k, None, :])
+        return acc
+
+
 def distance(result, truth):
     """The largest difference where truth is finite."""
     finite = truth.isfinite() & result.isfinite()
@@ -55,6 +81,9 @@ class Judge:
         near = dtype if spec.rounds_inside else torch.float32
         weight = 1 if spec.rounds_inside and dtype != torch.float32 else 4
         versions = [spec.ref(**cast(inputs, near))]
+        for backwards in (False, True) if near == torch.float32 else ():
+            with InOrder(backwards):
+                versions.append(spec.ref(**cast(inputs, near)))
         versions += [spec.ref(**moved(exact, torch.finfo(near).eps, seed)) for seed in range(4)]
         versions = [_tensors(v) for v in versions]
         self.cost = [

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from examine import costs, examine, extremes, faults, of_size
 from gallery import BUGS
-from judge import Judge
+from judge import InOrder, Judge
 from sanitizer import Sanitizer
 
 
@@ -119,6 +119,19 @@ def test_examine_says_what_is_wrong():
     spec = SPECS[1]
     twice = {**vars(spec), "ref": lambda **inputs: 2 * spec.ref(**inputs)}
     assert "times what is allowed" in examine(type(spec)(**twice))
+
+
+def test_products_in_order_lose_what_such_sums_lose():
+    a, b = torch.tensor([[1.0, 1e8, -1e8]]), torch.ones(3, 1)
+    for product in (
+        lambda: a @ b,
+        lambda: torch.einsum("bij,bjk->bik", a[None], b[None]),
+        lambda: torch.nn.functional.linear(a, b.T, torch.zeros(1)),
+    ):
+        with InOrder():
+            assert product().item() == 0.0
+        with InOrder(backwards=True):
+            assert product().item() == 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
