@@ -84,21 +84,30 @@ def _check_mask(me, name, mask, like, shape):
     return None
 
 
+def first_position(model):
+    """What a model that numbers positions itself starts with: 0, or 1 past the padding id."""
+    return 0 if model.architecture.position_ids is None else model.embeddings.padding_idx + 1
+
+
+def room(model):
+    """How many tokens of a sequence have a position, where the model numbers them itself."""
+    table = at(model, model.architecture.embeddings.position).weight
+    return len(table) - first_position(model)
+
+
 def _check_positions(model, inputs, name, S):
     """Raise for more tokens than there are positions, where the model numbers them itself."""
-    rows = len(at(model, model.architecture.embeddings.position).weight)
     if inputs.position_ids is not None:
         return
-    count, room, less = S, rows, ""
-    if model.architecture.position_ids is not None:
-        first = model.embeddings.padding_idx + 1
-        room, less = rows - first, f" less {first}, as counting starts after the padding id"
-        if count > room and inputs.input_ids is not None and not torch.compiler.is_compiling():
+    count, has, less, first = S, room(model), "", first_position(model)
+    if first:
+        less = f" less {first}, as counting starts after the padding id"
+        if count > has and inputs.input_ids is not None and not torch.compiler.is_compiling():
             # Padding ids take no position. Only here does the check wait for a GPU.
             count = max((inputs.input_ids != first - 1).sum(1).tolist(), default=0)
-    if count > room:
+    if count > has:
         raise ValueError(
-            f"{type(model).__name__}: the model has {room} positions (max_position_embeddings"
+            f"{type(model).__name__}: the model has {has} positions (max_position_embeddings"
             f"{less}), {name} has {count};"
             " truncate with tokenizer(..., truncation=True) or split the text"
         )

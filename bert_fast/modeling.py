@@ -21,6 +21,7 @@ from transformers.utils import TransformersKwargs
 from .architectures import BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA, at
 from .coverage import asked, caches, decodes, reason_of_call, reason_of_model
 from .encoder import Memory, Tokens, embed, layer_forward
+from .graphs import bucket_of, graphs_of
 from .inputs import Inputs, check
 
 __all__ = [
@@ -88,7 +89,11 @@ class _Encoder:
 
     def _run(self, stock_forward, kwargs, **inputs):
         """The forward of all of them: on the kernels, or stock_forward and the reason counted."""
-        given = Inputs(**inputs)
+        given, last = Inputs(**inputs), None
+        graphs = graphs_of(self)
+        bucket = bucket_of(self, given, kwargs) if graphs else None
+        if bucket:
+            last = graphs.replay(bucket, given)
         reason = reason_of_call(self, given, kwargs) or reason_of_model(self)
         if reason is None:
             reason = check(self, given)
@@ -96,9 +101,24 @@ class _Encoder:
             logger.warning("bert_fast: the stock forward runs: %s", reason)
         if reason is not None:
             return stock_forward(**inputs, **kwargs)
+        if bucket and (last is None or not graphs.hold(self)):
+            last = graphs.record(self, bucket, given)
+        if last is not None:
+            return self._output(last, kwargs)
+        try:
+            return self._run_on_kernels(given, kwargs)
+        except torch.OutOfMemoryError as error:
+            if not (graphs and graphs.drop(f"out of memory, {error}")):
+                raise
         return self._run_on_kernels(given, kwargs)
 
     def _run_on_kernels(self, inputs, kwargs):
+        wanted = asked(self, kwargs, "output_hidden_states")
+        last, states, cache = self._encode(inputs, wanted)
+        return self._output(last, kwargs, cache, (*states, last) if wanted else None)
+
+    def _encode(self, inputs, wanted=False):
+        """(last_hidden_state, those before it if wanted, the cache) of a call that is covered."""
         architecture = self.architecture
         B, S = inputs.shape()
         device = at(self, architecture.embeddings.word).weight.device
@@ -111,21 +131,28 @@ class _Encoder:
         if cache is None and caches(self, inputs):
             cache = _new_cache(self.config, memory is not None)
         x = embed(self, inputs, tokens)
-        wanted = asked(self, kwargs, "output_hidden_states")
         states, causal = [], decodes(self)
         for index, layer in enumerate(architecture.layers(self)):
             if wanted:
-                states.append(x)
+                states.append(tokens.unpack(x))
             x = layer_forward(architecture, layer, x, tokens, causal, memory, cache, index)
-        output = architecture.output(last_hidden_state=tokens.unpack(x))
+        return tokens.unpack(x), states, cache
+
+    def _output(self, last, kwargs, cache=None, states=None):
+        """What forward returns, as stock has it."""
+        output = self.architecture.output(last_hidden_state=last)
         if getattr(self, "pooler", None) is not None:
-            output["pooler_output"] = self.pooler(output.last_hidden_state)
+            output["pooler_output"] = self.pooler(last)
         if cache is not None:
             output["past_key_values"] = cache
-        if wanted:
-            output["hidden_states"] = (*map(tokens.unpack, states), output.last_hidden_state)
-        return_dict = asked(self, kwargs, "return_dict")
-        return output if return_dict is not False else output.to_tuple()
+        if states is not None:
+            output["hidden_states"] = states
+        return output if asked(self, kwargs, "return_dict") is not False else output.to_tuple()
+
+    def _apply(self, fn, recurse=True):  # of .to() and the like: weights move
+        if graphs := graphs_of(self):
+            graphs.drop()
+        return super()._apply(fn, recurse)
 
 
 def _tokens(mask, B, S, device):

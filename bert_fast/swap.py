@@ -11,16 +11,20 @@ from . import kernels as ops
 from .architectures import at
 from .coverage import reason_of_model
 from .encoder import split_storage
+from .graphs import graphs_of, turn
 from .modeling import STOCK, calls_of, logger, put_on
 
 ENCODERS = {fast: stock for fast, stock in STOCK.items() if hasattr(fast, "architecture")}
 
 
-def accelerate(model):
+def accelerate(model, cuda_graphs=False):
     """Put the kernels into every transformers.BertModel inside `model`, in place, and likewise into
     RobertaModel, XLMRobertaModel, CamembertModel, ElectraModel and DistilBertModel.
 
-    model  any torch.nn.Module: a BertModel, a BERT with a head, a SentenceTransformer, ...
+    model        any torch.nn.Module: a BertModel, a BERT with a head, a SentenceTransformer, ...
+    cuda_graphs  whether short forwards on a GPU are recorded and replayed, as graphs.py says: for
+                 small batches, whose kernels take longer to launch than to run. To turn it on or
+                 off later, call again.
 
     Returns model. Weights, names and outputs stay; a module's class becomes the bert_fast class of
     its name. A model that has been accelerated is left as it is, and a log line says so. Raises
@@ -30,8 +34,10 @@ def accelerate(model):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     modules = list(model.modules())
     todo = [m for m in modules if type(m) in ENCODERS.values()]
-    if not todo:
-        if any(isinstance(m, tuple(ENCODERS)) for m in modules):
+    there = [m for m in modules if isinstance(m, tuple(ENCODERS))]
+    changed = [m for m in there + todo if turn(m, cuda_graphs)]
+    if not todo and not changed:
+        if there:
             logger.warning("bert_fast: accelerate: already accelerated, nothing to do")
             return model
         found = sorted({type(m).__name__ for m in modules if _is_telling(m)}) or ["no such module"]
@@ -60,6 +66,7 @@ def restore(model):
         if type(module) in ENCODERS:
             split_storage(module)
             module.__dict__.pop("_bert_fast_calls", None)
+            turn(module, False)
         module.__class__ = STOCK[type(module)]
     return model
 
@@ -83,6 +90,8 @@ class Swapped:
     reason: str | None  # why the stock forward would run now
     fast_calls: int
     stock_calls: dict[str, int]  # by reason
+    cuda_graphs: int | None  # how many are recorded now; None where they are not turned on
+    cuda_graphs_off: str | None  # why no more are recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +125,9 @@ class Report:
             print(f"    {s.fast_calls} calls on the kernels", file=out)
             for reason, count in s.stock_calls.items():
                 print(f"    {count} calls on the stock forward: {reason}", file=out)
+            if s.cuda_graphs is not None:
+                why = f", off: {s.cuda_graphs_off}" if s.cuda_graphs_off else ""
+                print(f"    {s.cuda_graphs} CUDA graphs{why}", file=out)
         for path in self.stock:
             print(f"  {path or 'the model itself'}: stock, not accelerated", file=out)
         if a := self.attention:
@@ -139,7 +151,7 @@ def report(model):
         if isinstance(module, tuple(ENCODERS)):
             weight = at(module, module.architecture.embeddings.word).weight
             reason = reason_of_model(module)
-            calls = calls_of(module)
+            calls, graphs = calls_of(module), graphs_of(module)
             swapped.append(
                 Swapped(
                     path=path,
@@ -151,6 +163,8 @@ def report(model):
                     reason=reason,
                     fast_calls=calls.fast,
                     stock_calls=dict(calls.stock),
+                    cuda_graphs=graphs and graphs.count,
+                    cuda_graphs_off=graphs and graphs.off,
                 )
             )
         elif isinstance(module, tuple(ENCODERS.values())):

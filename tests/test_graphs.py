@@ -1,0 +1,408 @@
+"""CUDA graphs: a forward that is replayed is the forward that is not, to the bit.
+
+On a GPU these are graphs. Without one a stand-in records what PyTorch runs, op by op, and replays
+it on the same memory: all is tested but four functions of CUDA's own.
+"""
+
+import contextlib
+import copy
+import gc
+import io
+import threading
+import weakref
+
+import pytest
+import torch
+from models import B, S, fast_calls, ids_of, masks, stock_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import bert_fast
+from bert_fast import encoder, graphs
+from bert_fast.graphs import bucket_of, graphs_of
+from bert_fast.inputs import Inputs
+from bert_fast.kernels.launch import INTERPRET
+
+GPU = torch.cuda.is_available() and not INTERPRET
+DEVICE = "cuda" if GPU else "cpu"
+
+
+class Recording(TorchDispatchMode):
+    """What PyTorch runs meanwhile, to run again on the same memory into the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
+        output = func(*args, **kwargs)
+        if not func.is_view:
+            self.steps.append((func, args, kwargs, output))
+        return output
+
+    def replay(self):
+        for func, args, kwargs, output in self.steps:
+            for old, new in zip(tree_leaves(output), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    assert old.shape == new.shape, f"{func} gave {old.shape}, then {new.shape}"
+                    old.copy_(new)
+
+
+def record_steps(forward, pool, device):
+    with Recording() as recording:
+        output = forward()
+    return recording.replay, output
+
+
+@pytest.fixture(autouse=True)
+def a_stand_in(monkeypatch):
+    if not GPU:
+        monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
+        monkeypatch.setattr(graphs, "_new_pool", object)
+        monkeypatch.setattr(graphs, "_record", record_steps)
+        monkeypatch.setattr(encoder, "_stays_on_device", lambda device: True)
+        monkeypatch.setattr(graphs, "_in_turn", lambda *_: contextlib.nullcontext())
+
+
+def pair(name="BertModel", **changes):
+    """A model without graphs, and the same with."""
+    plain = bert_fast.accelerate(stock_model(name, device=DEVICE, **changes))
+    return plain, bert_fast.accelerate(copy.deepcopy(plain), cuda_graphs=True)
+
+
+def encoder_of(model):
+    return next(m for m in model.modules() if graphs_of(m) is not None)
+
+
+def count(model):
+    return graphs_of(encoder_of(model)).count
+
+
+def assert_same(model, plain, **inputs):
+    ours, theirs = model(**inputs), plain(**inputs)
+    assert type(ours) is type(theirs) and ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name
+    return ours
+
+
+def inputs_of(kind="right", shape=(B, S)):
+    mask = masks(DEVICE)[kind]
+    ids = ids_of(DEVICE, shape)
+    return {"input_ids": ids, "attention_mask": mask if mask is None else mask[: len(ids)]}
+
+
+@pytest.mark.parametrize(
+    "name", ["BertModel", "RobertaModel", "ElectraModel", "DistilBertModel",
+             "BertForSequenceClassification"],
+)  # fmt: skip
+def test_any_mask_and_length_in_a_bucket_gives_the_same_bits(name):
+    plain, model = pair(name)
+    kept = []
+    with torch.no_grad():
+        for kind in masks():
+            output = assert_same(model, plain, **inputs_of(kind))
+            kept.append((output, {k: v.clone() for k, v in output.items()}))
+        for rows, columns in ((8, 38), (5, 1), (7, 31)):
+            inputs = {"input_ids": ids_of(DEVICE, (rows, columns))}
+            output = assert_same(model, plain, **inputs)
+            kept.append((output, {k: v.clone() for k, v in output.items()}))
+    assert count(model) == 1
+    for output, then in kept:  # later calls leave them alone
+        assert all(torch.equal(output[k], v) for k, v in then.items())
+
+
+def test_every_input_is_copied_in():
+    plain, model = pair()
+    generator = torch.manual_seed(3)
+    with torch.no_grad():
+        for _ in range(3):
+            ids = torch.randint(99, (B, S), generator=generator).to(DEVICE)
+            types = torch.randint(2, (B, S), generator=generator).to(DEVICE)
+            positions = torch.randint(40, (1, S), generator=generator).to(DEVICE)
+            assert_same(model, plain, input_ids=ids, token_type_ids=types)
+            assert_same(model, plain, input_ids=ids, position_ids=positions)
+            assert_same(model, plain, input_ids=ids.int())
+            embeds = torch.randn(B, S, 64, generator=generator).to(DEVICE)
+            assert_same(model, plain, inputs_embeds=embeds, attention_mask=masks(DEVICE)["holes"])
+    assert count(model) == 4
+
+
+def test_a_graph_is_recorded_at_the_second_call_and_the_oldest_goes(monkeypatch):
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    _, model = pair()
+    at = {}
+    with torch.no_grad():
+        for call, rows in enumerate((1, 1, 2, 2, 1, 4, 4)):
+            model(input_ids=ids_of(DEVICE, (rows, 3)))
+            at[call] = count(model)
+    assert at == {0: 0, 1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
+    assert [bucket.B for bucket in graphs_of(model)._graphs] == [1, 4]
+
+
+def moved(model):
+    model.pooler.dense.weight.data = 2 * model.pooler.dense.weight.data
+
+
+def written(model):
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight.mul_(2)
+
+
+def written_through_data(model):
+    model.encoder.layer[0].attention.self.query.weight.data.mul_(2)
+
+
+def another_parameter(model):
+    norm = model.embeddings.LayerNorm
+    norm.bias = torch.nn.Parameter(norm.bias.detach() + 1)
+
+
+def another_module(model):
+    dense = torch.nn.Linear(100, 64, device=DEVICE)
+    with torch.no_grad():
+        for p in dense.parameters():
+            p.fill_(0.01)
+    model.encoder.layer[1].output.dense = dense
+
+
+def another_eps(model):
+    model.encoder.layer[1].output.LayerNorm.eps = 0.5
+
+
+def fewer_layers(model):
+    del model.encoder.layer[1]
+
+
+def halves(model):
+    model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "change", [moved, written, written_through_data, another_parameter, another_module, another_eps,
+               fewer_layers, halves],
+)  # fmt: skip
+def test_a_model_that_changes_does_not_run_as_it_was(change):
+    plain, model = pair()
+    with torch.no_grad():
+        for _ in range(3):
+            before = assert_same(model, plain, **inputs_of())
+        change(plain)
+        change(model)
+        for _ in range(3):
+            after = assert_same(model, plain, **inputs_of())
+    assert not torch.equal(before.pooler_output.to(after.pooler_output.dtype), after.pooler_output)
+    assert count(model) == 1
+
+
+def hook(model):
+    model.encoder.layer[0].register_forward_hook(lambda m, args, output: output * 2)
+    return "hooks, which the kernels would not run"
+
+
+def dropout(model):
+    model.train()
+    return "training with dropout 0.1"
+
+
+def many_dimensions(model):
+    return "4-D attention_mask"
+
+
+@pytest.mark.parametrize("change", [hook, dropout, many_dimensions])
+def test_what_the_kernels_do_not_cover_runs_stock(change):
+    plain, model = pair()
+    inputs = inputs_of()
+    with torch.no_grad():
+        model(**inputs), model(**inputs)
+        fast, _ = fast_calls(model)[0]
+        for m in (plain, model):
+            reason = change(m)
+        if change is many_dimensions:
+            inputs["attention_mask"] = torch.ones(B, 1, S, S, device=DEVICE)
+        torch.manual_seed(0)
+        ours = model(**inputs).last_hidden_state
+        torch.manual_seed(0)
+        assert torch.equal(ours, plain(**inputs).last_hidden_state)
+    assert [(n, list(reasons)) for n, reasons in fast_calls(model)] == [
+        (fast, [f"encoder.layer.0: {reason}" if change is hook else reason])
+        if change is not dropout else (fast, ["embeddings.dropout: " + reason])
+    ]
+
+
+def test_a_call_that_cannot_be_meant_fails_as_ever():
+    _, model = pair()
+    with torch.no_grad():
+        model(**inputs_of()), model(**inputs_of())
+        with pytest.raises(ValueError, match="attention_mask must be"):
+            model(ids_of(DEVICE), attention_mask=torch.ones(B + 1, S, device=DEVICE))
+        with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+            model(attention_mask=torch.ones(B, S, device=DEVICE))
+        for _ in range(2):
+            model(inputs_embeds=torch.ones(B, S, 64, device=DEVICE))
+        with pytest.raises(ValueError, match="inputs_embeds must be"):
+            model(inputs_embeds=torch.ones(B, S, 1, device=DEVICE))
+
+
+def test_calls_without_a_bucket():
+    _, model = pair()
+    ids, mask = ids_of(DEVICE), masks(DEVICE)["right"]
+    given = Inputs(input_ids=ids, attention_mask=mask)
+    with torch.no_grad():
+        assert bucket_of(model, given, {})[:2] == (8, 40)
+        assert bucket_of(model, given, {"output_hidden_states": True}) is None
+        assert bucket_of(model, given._replace(attention_mask=mask[:, :-1]), {}) is None
+        assert bucket_of(model, given._replace(token_type_ids=ids[:2]), {}) is None
+        assert bucket_of(model, Inputs(input_ids=ids[:0]), {}) is None
+        assert bucket_of(model, Inputs(input_ids=ids[:, :0]), {}) is None
+        assert bucket_of(model, Inputs(input_ids=ids.new_zeros(8, 1024)), {})[:2] == (8, 1024)
+        assert bucket_of(model, Inputs(input_ids=ids.new_zeros(8, 1025)), {}) is None
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert bucket_of(model, given, {}) is None
+        decoder = bert_fast.accelerate(stock_model(is_decoder=True), cuda_graphs=True)
+        assert bucket_of(decoder, given, {}) is None
+    assert bucket_of(model, given, {}) is None  # with gradients
+
+
+def test_gradients_are_as_without():
+    plain, model = pair()
+    with torch.no_grad():
+        model(**inputs_of()), model(**inputs_of())
+    for m in (plain, model):
+        m(**inputs_of()).pooler_output.sum().backward()
+    for p, q in zip(plain.parameters(), model.parameters()):
+        assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_graph_recorded_in_inference_mode_serves_others(mode):
+    plain, model = pair()
+    other = torch.inference_mode if mode is torch.no_grad else torch.no_grad
+    with mode():
+        for _ in range(3):
+            assert_same(model, plain, **inputs_of())
+    with other():
+        assert_same(model, plain, **inputs_of("left"))
+    assert count(model) == 1
+
+
+def fails(error):
+    def record(*_):
+        raise error
+
+    return record
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operation not permitted"), torch.OutOfMemoryError("no 2 GiB")], ids=str
+)
+def test_where_recording_fails_the_call_does_not(error, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "_record", fails(error))
+    plain, model = pair()
+    with torch.no_grad():
+        for _ in range(3):
+            assert_same(model, plain, **inputs_of())
+    assert caplog.text.count("CUDA graphs are off") == 1
+    why = f"{type(error).__name__} while recording, {error}"
+    assert f"    0 CUDA graphs, off: {why}" in str(bert_fast.report(model))
+
+
+def test_out_of_memory_beside_graphs_drops_them_and_tries_again(monkeypatch, caplog):
+    plain, model = pair()
+    run = type(model)._run_on_kernels
+
+    def run_once_memory_is_free(self, inputs, kwargs):
+        if inputs.input_ids.shape[1] == 40 and count(model):
+            raise torch.OutOfMemoryError("no 2 GiB")
+        return run(self, inputs, kwargs)
+
+    with torch.no_grad():
+        for _ in range(2):
+            assert_same(model, plain, **inputs_of())
+        assert count(model) == 1
+        monkeypatch.setattr(graphs, "MAX_TOKENS", 64)
+        monkeypatch.setattr(type(model), "_run_on_kernels", run_once_memory_is_free)
+        assert_same(model, plain, input_ids=ids_of(DEVICE, (B, 40)))
+    assert count(model) == 0 and "out of memory, no 2 GiB" in caplog.text
+    monkeypatch.setattr(type(model), "_run_on_kernels", fails(torch.OutOfMemoryError("no 3 GiB")))
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match="no 3 GiB"):
+        model(**inputs_of())
+
+
+def test_threads_take_turns():
+    plain, model = pair()
+    wrong = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _ in range(10):
+                rows, columns = torch.randint(1, 9, (2,), generator=generator).tolist()
+                ids = torch.randint(99, (rows, columns), generator=generator).to(DEVICE)
+                ours, theirs = model(ids).last_hidden_state, plain(ids).last_hidden_state
+                if not torch.equal(ours, theirs):
+                    wrong.append((seed, rows, columns))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and count(model) > 1
+    assert fast_calls(model) == [(80, {})]
+
+
+def test_copies_and_files_start_without_and_a_restored_model_keeps_none():
+    _, model = pair()
+    with torch.no_grad():
+        model(**inputs_of()), model(**inputs_of())
+    assert "    1 CUDA graphs" in str(bert_fast.report(model))
+    twin = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (twin, torch.load(file, weights_only=False)):
+        assert graphs_of(other) is not None and graphs_of(other).count == 0
+    assert not any("graph" in name for name in model.state_dict())
+    held = weakref.ref(graphs_of(model))
+    bert_fast.restore(model)
+    gc.collect()
+    assert held() is None and not any("graph" in name for name in vars(model))
+
+
+def test_to_another_place_frees_them():
+    _, model = pair("BertForSequenceClassification")
+    with torch.no_grad():
+        model(**inputs_of()), model(**inputs_of())
+    assert count(model) == 1
+    model.to(torch.float64)
+    assert count(model) == 0
+
+
+def test_accelerate_turns_them_on_and_off(caplog):
+    model = bert_fast.accelerate(stock_model(device=DEVICE))
+    assert graphs_of(model) is None
+    assert bert_fast.report(model).swapped[0].cuda_graphs is None
+    assert bert_fast.accelerate(model, cuda_graphs=True) is model
+    assert bert_fast.report(model).swapped[0].cuda_graphs == 0
+    bert_fast.accelerate(model)
+    assert graphs_of(model) is None and "already" not in caplog.text
+    bert_fast.accelerate(model)
+    assert "already accelerated" in caplog.text
+
+
+@pytest.mark.skipif(not GPU, reason="only a GPU has streams")
+def test_calls_in_several_streams():
+    plain, model = pair()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    pairs = []
+    with torch.no_grad():
+        model(**inputs_of()), model(**inputs_of())
+        torch.cuda.synchronize()
+        for n in range(40):
+            with torch.cuda.stream(streams[n % 4]):
+                ids = ids_of(DEVICE, (B, 1 + n % S))
+                pairs.append((model(ids).last_hidden_state, plain(ids).last_hidden_state))
+        torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in pairs)
