@@ -156,8 +156,10 @@ def _compiled(problem, mode=None):
     return forward
 
 
-def _ours(problem):
-    model = bert_fast.accelerate(copy.deepcopy(problem.subject))
+def _ours(problem, cuda_graphs=False):
+    if cuda_graphs and problem.subject.device.type != "cuda":
+        raise Skip("CUDA graphs are for GPUs")
+    model = bert_fast.accelerate(copy.deepcopy(problem.subject), cuda_graphs=cuda_graphs)
     if reason := bert_fast.report(model).swapped[0].reason:
         raise Skip(f"would run the stock forward: {reason}")
     return _hidden(model)
@@ -269,6 +271,7 @@ MODELS = (
         "torch.compile reduce-overhead", partial(_compiled, mode="reduce-overhead"), slow=True
     ),
     Model("torch.compile max-autotune", partial(_compiled, mode="max-autotune"), slow=True),
+    Model("ours, CUDA graphs", partial(_ours, cuda_graphs=True)),
     Model("ours", _ours, trains=True),
 )
 SDPA, OURS = (next(m for m in MODELS if m.name == name) for name in ("stock sdpa", "ours"))
