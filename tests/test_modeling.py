@@ -28,8 +28,6 @@ from models import (
 
 import bert_fast
 from bert_fast.checkpoints import outlier_model
-from bert_fast.kernels import attention
-from bert_fast.kernels.attention import cu_seqlens_of
 from bert_fast.kernels.launch import INTERPRET
 
 
@@ -97,18 +95,29 @@ def test_padding_of_nan_changes_no_bit(device):
 
 @pytest.mark.skipif(
     not INTERPRET and not torch.cuda.is_available(),
-    reason="the promise is the Triton kernel's: torch's own attention chooses by shape",
+    reason="the promise is the Triton kernels': torch's own products choose by shape",
 )
-def test_the_bits_of_a_sequence_do_not_depend_on_its_batch(device):
-    lengths = (70, 1, 33, 128, 129)
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, sum(lengths), 2, 64, device=device).half().unbind()
-    cu_seqlens = cu_seqlens_of(lengths, device)
-    together = attention(q, k, v, cu_seqlens, 512)
-    for start, length in zip(cu_seqlens.tolist(), lengths):
-        rows = slice(start, start + length)
-        alone = attention(q[rows], k[rows], v[rows], cu_seqlens_of([length], device), length)
-        assert torch.equal(alone, together[rows])
+@pytest.mark.usefixtures("sums_without_place")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_bits_of_a_sequence_do_not_depend_on_its_batch(device, dtype):
+    """In batches of any size and length, in any order; on a GPU 1,000,000 times."""
+    model = bert_fast.accelerate(stock_model(device=device, dtype=dtype))
+    N, rounds = (6, 3) if INTERPRET else (1000, 500)
+    generator = torch.manual_seed(0)
+    lengths = torch.randint(1, 41, (N,), generator=generator)
+    mask = (torch.arange(40) < lengths[:, None]).to(device)
+    ids = ids_of(device, (N, 40))
+    once = torch.cat([model(ids[i : i + 1, : lengths[i]])[0][0] for i in range(N)])
+    alone = torch.zeros(N, 40, 64, dtype=dtype, device=device)
+    alone[mask] = once
+    for _ in range(rounds):
+        order = torch.randperm(N, generator=generator)
+        size = int(torch.randint(1, N + 1, (), generator=generator))
+        for batch in order.split(size):
+            width = int(torch.randint(lengths[batch].max(), 41, (), generator=generator))
+            ours = model(ids[batch, :width], mask[batch, :width])[0]
+            assert torch.equal(ours, alone[batch, :width])
 
 
 def test_gradients_reach_inputs_embeds(device):
