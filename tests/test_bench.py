@@ -494,7 +494,7 @@ def test_a_run_as_a_module_writes_its_file_and_leaves_kernels_unimportable(tmp_p
     content = json.loads(path.read_text())
     assert content["schema"] == 2
     assert content["device"]["type"] == "cpu"
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert {"date", "git commit", "ceilings"} <= content.keys()
     ours = [row for row in content["rows"] if row["contender"] == "ours"]
     assert [row["workload"].partition("(")[0] for row in ours] == ["pack", "unpack", "unpack"]
