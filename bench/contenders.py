@@ -156,10 +156,13 @@ def _compiled(problem, mode=None):
     return forward
 
 
-def _ours(problem, cuda_graphs=False):
-    if cuda_graphs and problem.subject.device.type != "cuda":
+def _ours(problem, **options):
+    on_gpu = problem.subject.device.type == "cuda"
+    if "cuda_graphs" in options and not on_gpu:
         raise Skip("CUDA graphs are for GPUs")
-    model = bert_fast.accelerate(copy.deepcopy(problem.subject), cuda_graphs=cuda_graphs)
+    if "frozen" in options and on_gpu:
+        raise Skip("frozen weights make no difference on a GPU")
+    model = bert_fast.accelerate(copy.deepcopy(problem.subject), **options)
     if reason := bert_fast.report(model).swapped[0].reason:
         raise Skip(f"would run the stock forward: {reason}")
     return _hidden(model)
@@ -272,6 +275,7 @@ MODELS = (
     ),
     Model("torch.compile max-autotune", partial(_compiled, mode="max-autotune"), slow=True),
     Model("ours, CUDA graphs", partial(_ours, cuda_graphs=True)),
+    Model("ours, frozen", partial(_ours, frozen=True)),
     Model("ours", _ours, trains=True),
 )
 SDPA, OURS = (next(m for m in MODELS if m.name == name) for name in ("stock sdpa", "ours"))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
 from . import modeling
-from .swap import ENCODERS
+from .swap import ENCODERS, accelerate
 
 POOLINGS = ("cls", "mean")
 # What transformers raises, by its version, for files that it cannot make sense of.
@@ -32,7 +32,8 @@ def load(name, dtype=torch.float32, device="cpu", head=None):
     head  what the checkpoint must have, as in the name of a class: "ForQuestionAnswering"; None
           takes a checkpoint with any head or none, for the encoder without a pooler
 
-    Returns (model of bert_fast, tokenizer). Raises OSError where there is no checkpoint and
+    Returns (model of bert_fast, tokenizer); the model's weights are frozen, as `accelerate` has it,
+    which is worth most for a text or two. Raises OSError where there is no checkpoint and
     ValueError where it is of another architecture or not whole: transformers itself would fill what
     is missing with random weights or an empty vocabulary.
     """
@@ -67,6 +68,7 @@ def load(name, dtype=torch.float32, device="cpu", head=None):
             f"{name}: {len(mismatched)} weights do not fit its config.json ({key} must be"
             f" {list(expected)}, got {list(found)}); take both from one checkpoint"
         )
+    accelerate(model, frozen=True)
     return model.to(device), _tokenizer(name, model.config.vocab_size)
 
 

@@ -21,6 +21,8 @@ import torch
 
 from . import kernels as ops
 from .architectures import find
+from .frozen import prepacked
+from .kernels.linear import prepacked_linear
 
 
 # -- tokens ---------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ def embed(model, inputs, tokens):
         num_tokens=tokens.num_tokens,
     )
     project = architecture.project and model._modules.get(architecture.project)
-    return _product(project, x, tokens) if project else x
+    return _product([project], x, tokens) if project else x
 
 
 class _FrozenRow(torch.autograd.Function):
@@ -136,8 +138,8 @@ def layer_forward(architecture, layer, x, tokens, causal, memory=None, cache=Non
         part = find(layer, architecture.cross_attention)
         x = _add_norm(part, _attend_to(part, x, tokens, memory, cache, index), x, tokens)
     part = find(layer, architecture.feed_forward)
-    h = _product(part.up, x, tokens, "gelu")
-    return _norm(part.norm, _product(part.down, h, tokens, residual=x), tokens)
+    h = _product([part.up], x, tokens, "gelu")
+    return _norm(part.norm, _product([part.down], h, tokens, residual=x), tokens)
 
 
 def _attend(part, x, tokens, causal, cache, index):
@@ -169,22 +171,23 @@ def _attend_to(part, x, tokens, memory, cache, index):
 
 def _products(x, tokens, core, *linears):
     """The products of x [T, H] with one or more Linears of equal size: [T, heads, D] of each."""
-    weight, bias = (as_one(*(getattr(m, n) for m in linears)) for n in ("weight", "bias"))
-    y = ops.linear(x, weight, bias, num_tokens=tokens.num_tokens)
-    D = core.attention_head_size
+    y, D = _product(linears, x, tokens), core.attention_head_size
     # Not len(x), here and in the ops: torch.export would take it for a constant.
-    return y.view(x.shape[0], len(linears), weight.shape[0] // (len(linears) * D), D).unbind(1)
+    return y.view(x.shape[0], len(linears), y.shape[1] // (len(linears) * D), D).unbind(1)
 
 
-def _product(linear, x, tokens, activation=None, residual=None):
-    return ops.linear(
-        x, linear.weight, linear.bias, activation, residual, num_tokens=tokens.num_tokens
-    )
+def _product(linears, x, tokens, activation=None, residual=None):
+    """The product of x [T, K] with the rows of all Linears, and what `linear` does to it."""
+    bias = as_one(*(m.bias for m in linears))
+    if (packed := prepacked(linears, x)) is not None and tokens.num_tokens is None:
+        return prepacked_linear(x, packed, bias, activation, residual)
+    weight = as_one(*(m.weight for m in linears))
+    return ops.linear(x, weight, bias, activation, residual, num_tokens=tokens.num_tokens)
 
 
 def _add_norm(part, h, x, tokens):
     """LayerNorm(dense(h) + x): the end of an attention."""
-    return _norm(part.norm, _product(part.dense, h, tokens, residual=x), tokens)
+    return _norm(part.norm, _product([part.dense], h, tokens, residual=x), tokens)
 
 
 def _norm(norm, h, tokens):

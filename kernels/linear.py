@@ -206,7 +206,10 @@ def _find_products():
 
 SMALL = 2**14  # elements of a weight for which oneDNN's 10 us a call are more than MKL needs
 
+ROWS = 64  # of x, that a layout is chosen for; it suits any number of them
+
 _product, _product_and_add = _find_products()
+_reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _product else None
 _ONEDNN_DTYPES = {torch.float32} if _product else set()
 if _product and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _ONEDNN_DTYPES.add(torch.bfloat16)
@@ -231,12 +234,7 @@ def _plain(x, weight, bias, activation, residual, num_tokens):
 def _plain_rows(x, weight, bias, activation, residual):
     both = activation and residual is not None  # oneDNN takes one of them with its product
     if _onednn_takes(x, weight, residual) and not (both and x.itemsize == 2):
-        if activation:
-            y = _product(x, weight, bias, "gelu", [], "none")  # "none": not the tanh form
-            return y if residual is None else y.add_(residual)
-        if residual is not None:
-            return _product_and_add(x, residual, weight, bias, "add")
-        return _product(x, weight, bias, "none", [], "")
+        return _onednn(x, weight, bias, activation, residual)
     if x.itemsize == 2 and (activation or residual is not None):  # in fp32, to round once
         wide = [None if t is None else t.float() for t in (x, weight, bias)]
         y = F.linear(*wide)
@@ -244,6 +242,41 @@ def _plain_rows(x, weight, bias, activation, residual):
         y = F.linear(x, weight, bias)
     y = F.gelu(y) if activation else y
     return (y if residual is None else y.add_(residual)).to(x.dtype)
+
+
+def _onednn(x, weight, bias, activation, residual):
+    if activation:
+        y = _product(x, weight, bias, "gelu", [], "none")  # "none": not the tanh form
+        return y if residual is None else y.add_(residual)
+    if residual is not None:
+        return _product_and_add(x, residual, weight, bias, "add")
+    return _product(x, weight, bias, "none", [], "")
+
+
+def prepack(weight):
+    """weight [N, K] in the layout that oneDNN computes in, for prepacked_linear; None where linear
+    would not give it to oneDNN."""
+    if _reorder is None or not _onednn_takes(weight[:1], weight, None):
+        return None
+    return _reorder(weight, ROWS)
+
+
+def takes_prepacked(x):
+    """Whether prepacked_linear is for x [T, K]."""
+    return (
+        type(x) is torch.Tensor
+        and x.device.type == "cpu"
+        and not launch.INTERPRET
+        and torch.backends.mkldnn.enabled
+        and x.shape[0] > 0
+    )
+
+
+def prepacked_linear(x, packed, bias, activation=None, residual=None):
+    """linear(x, weight, bias, activation, residual) of packed = prepack(weight), without gradients,
+    with an activation or a residual, not both."""
+    residual = None if residual is None else residual.contiguous()
+    return _onednn(x.contiguous(), packed, bias, activation, residual)
 
 
 def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
