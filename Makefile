@@ -12,6 +12,7 @@
 # make fuzz CASES=100000     random cases, against the definition; SEED=, OP=, or one CASE=
 # make mutants               bugs made of the kernels, each of which must be found; SAMPLE=, OP=
 # make aot                   what the compiler makes of every kernel, and how long that takes
+# make overhead              how long Python takes to launch a forward
 
 PYTHON ?= python3
 OUT ?= bench/results
@@ -27,7 +28,7 @@ INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tes
 	tests/test_waits.py
 CASES := 2000
 
-.PHONY: demo test test-interpreter test-native check fuzz mutants aot bench readme \
+.PHONY: demo test test-interpreter test-native check fuzz mutants aot overhead bench readme \
 	compat hf-tests gpu checkpoint lint clean
 
 demo: .venv/ready
@@ -55,6 +56,9 @@ mutants: .venv/ready
 
 aot: .venv/ready
 	@$(BIN)/python check aot $(OP:%=--op %) $(ARCH:%=--arch %) $(JSON:%=--json %)
+
+overhead: .venv/ready
+	@$(BIN)/python check overhead
 
 bench: .venv/ready-to-bench
 	$(BIN)/python bench all

@@ -4,8 +4,9 @@
     python check fuzz --cases 2000      random cases against the definition
     python check mutants                bugs made mechanically: each must be found
     python check aot                    what the compiler makes of every kernel, and how fast it is
+    python check overhead               how long Python takes to launch a forward
 
-All but aot run the kernels in Triton's interpreter and want TRITON_INTERPRET=1, as make sets it.
+The first three run kernels in Triton's interpreter and want TRITON_INTERPRET=1, as make sets it.
 """
 
 import argparse
@@ -29,8 +30,11 @@ import aot
 import fuzz
 import mutants
 import one_op
+import overhead
 
-COMMANDS = {"op": one_op, "fuzz": fuzz, "mutants": mutants, "aot": aot}
+COMMANDS = {
+    "op": one_op, "fuzz": fuzz, "mutants": mutants, "aot": aot, "overhead": overhead
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,19 +50,20 @@ def main():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0])
         if name == "op":
             command.add_argument("op", metavar="OP", nargs="*")
-        else:
+        elif name != "overhead":
             command.add_argument("--op", metavar="OP", action="append", help="may be repeated")
         module.add_arguments(command)
     options = parser.parse_args()
     known = {s.name: s for s in kernels.SPECS}
     if options.command == "op" and len(options.op) != 1:
         parser.error(f"op: give one op, of {', '.join(known)}")
-    for name in options.op or ():
+    names = getattr(options, "op", None)
+    for name in names or ():
         if name not in known:
             if name in aot.kernels_without_spec():
                 parser.error(aot.WITHOUT_SPEC.format(name))
             parser.error(f"no op {name}; there are {', '.join(known)}")
-    return COMMANDS[options.command].main(options, [known[n] for n in options.op or known])
+    return COMMANDS[options.command].main(options, [known[n] for n in names or known])
 
 
 if __name__ == "__main__":  # a spawned worker imports this file too

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, show, tl, triton
+from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
 from .spec import Spec
 
 MAX_D = 256
@@ -170,7 +170,7 @@ def _config(D, itemsize, arch):
     depend on nothing else either. The fastest that spill no register, as check aot predicts; not
     yet measured.
     """
-    BLOCK_D = max(triton.next_power_of_2(D), 16)
+    BLOCK_D = max(next_power_of_2(D), 16)
     if itemsize == 4:  # exact fp32 products run on no tensor core: each thread holds its operands
         M, N, warps, stages = {128: (32, 16, 4, 2), 256: (32, 16, 8, 2)}.get(
             BLOCK_D, (64, 32, 8, 2)
@@ -197,7 +197,7 @@ def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, cau
     q, k, v = _unit(q), _unit(k), _unit(v)
     heads, D = q.shape[1:]
     config = _config(D, q.itemsize, launch.arch())
-    blocks = triton.cdiv(max_seqlen, config["BLOCK_M"])
+    blocks = ceil_div(max_seqlen, config["BLOCK_M"])
     programs = blocks * heads * (len(cu_seqlens) - 1)
     if programs:
         _forward_kernel[(programs,)](

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, show, tl, triton
+from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
 from .layer_norm import fuzz_shape
 from .pointwise import gelu_erf, gelu_exp2
 from .spec import Spec
@@ -66,7 +66,7 @@ def _forward_kernel(
 # -- launchers ------------------------------------------------------------------------------
 def _config(N):
     """A row of 3072 is three programs."""
-    BLOCK_N = min(triton.next_power_of_2(N), 1024)
+    BLOCK_N = min(next_power_of_2(N), 1024)
     config = {"BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N)}
     return launch.configuration("gelu", config, N=N)
 
@@ -81,7 +81,7 @@ def _forward(y, x, bias, num_tokens):
     M, N = x.shape
     config = _config(N)
     if M:
-        _forward_kernel[(M * triton.cdiv(N, config["BLOCK_N"]),)](
+        _forward_kernel[(M * ceil_div(N, config["BLOCK_N"]),)](
             x, None if bias is None else bias.contiguous(), num_tokens, y, stride_xm, N,
             ACT=act_of(x.dtype), **config,
         )

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, show, tl, triton
+from .launch import DTYPES, next_power_of_2, show, tl, triton
 from .spec import Spec
 
 MAX_N = 8192  # a program holds its whole row in registers
@@ -82,7 +82,7 @@ def _forward_kernel(
 # -- launchers ------------------------------------------------------------------------------
 def row_config(N):
     """A program holds its whole row."""
-    BLOCK_N = triton.next_power_of_2(N)
+    BLOCK_N = next_power_of_2(N)
     config = {"BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N)}
     return launch.configuration("layer_norm", config, fixed=("BLOCK_N",), N=N)
 

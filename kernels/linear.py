@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from . import launch
 from .gelu import act_of, gelu_ref
-from .launch import DTYPES, show, tl, triton
+from .launch import DTYPES, ceil_div, show, tl, triton
 from .pointwise import gelu_erf
 from .spec import Spec
 
@@ -165,7 +165,7 @@ def _forms(arch, itemsize):
 def _config(T, N, itemsize, arch):
     """The largest tiles of which there are enough, or the smallest."""
     forms = _forms(arch, itemsize)
-    enough = (f for f in forms if triton.cdiv(T, f[0]) * triton.cdiv(N, f[1]) >= ENOUGH)
+    enough = (f for f in forms if ceil_div(T, f[0]) * ceil_div(N, f[1]) >= ENOUGH)
     BLOCK_M, BLOCK_N, warps, stages = next(enough, forms[-1])
     return {
         "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 128 // itemsize,
@@ -181,7 +181,7 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     config = _config(T, N, x.itemsize, launch.arch())
     # The error of 16 bits' own form is less than rounding; next to a residual that cancels, more.
     form = act_of(x.dtype) if residual is None else gelu_erf
-    programs = triton.cdiv(T, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
+    programs = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
     if programs:
         _forward_kernel[(programs,)](
             x, weight, None if bias is None else bias.contiguous(), residual, num_tokens, y,

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import launch
-from .launch import DTYPES, show, tl, triton
+from .launch import DTYPES, next_power_of_2, show, tl, triton
 from .spec import Spec
 
 
@@ -137,7 +137,7 @@ def _pack(packing, attention_mask):
         cu_seqlens.zero_()
         return
     count = torch.empty(B, dtype=torch.int32, device=mask.device)
-    config = {"BLOCK_S": min(max(triton.next_power_of_2(S), 16), 1024), "num_warps": 4}
+    config = {"BLOCK_S": min(max(next_power_of_2(S), 16), 1024), "num_warps": 4}
     _count_kernel[(B,)](mask, count, mask.stride(0), mask.stride(1), S, **config)
     _index_kernel[(B,)](
         mask, count, row_index, packed_row, cu_seqlens, mask.stride(0), mask.stride(1), S, **config
@@ -160,7 +160,7 @@ def _unpack(y, x, packed_row):
     x = x if x.stride(1) == 1 else x.contiguous()
     N = x.shape[1]
     if y.numel():
-        BLOCK_N = min(triton.next_power_of_2(N), 1024)
+        BLOCK_N = min(next_power_of_2(N), 1024)
         _unpack_kernel[(packed_row.numel(),)](
             x, packed_row.contiguous(), y, x.stride(0), N,
             BLOCK_N=BLOCK_N, num_warps=launch.warps(BLOCK_N),

@@ -48,9 +48,19 @@ def test_each_command_says_how_it_wants_the_interpreter():
     done = check("op", "gelu", TRITON_INTERPRET="0")
     assert done.returncode == 1
     assert "set TRITON_INTERPRET=1" in done.stderr
-    done = check("aot")
-    assert done.returncode == 1
-    assert "unset TRITON_INTERPRET" in done.stderr
+    for command in ("aot", "overhead"):
+        done = check(command)
+        assert done.returncode == 1
+        assert "unset TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_overhead_counts_the_launches_of_a_forward(layers):
+    done = check("overhead", "--layers", layers, "--rounds", 3, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    launches = 4 + 7 * layers  # pack is two, embedding and unpack
+    assert f"us for a forward of {layers} layers" in done.stdout
+    assert f", {launches} launches of " in done.stdout
 
 
 # -- docs/new_kernel.md ---------------------------------------------------------------------
