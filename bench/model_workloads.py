@@ -42,7 +42,8 @@ PLANS = {  # the first ones matter most, where a budget ends the run
         "6x384 docstrings", "12x32 batch-1-short", "6x384 docstrings-sorted", "6x384 full-128",
         "6x384 batch-1", "6x384 cola-128x8", "6x384 squad-384x8", "6x384 wikipedia-512x8",
         "base docstrings", "base docstrings-sorted", "base full-128", "base batch-1",
-        "train 6x384 docstringsx8", "encode docstrings",
+        "base batch-1-short", "6x384 batch-1-short", "train 6x384 docstringsx8",
+        "encode docstrings",
     ),
     "cuda": (
         "base squad-384", "12x32 batch-1-short", "base full-128", "base full-512", "base batch-1",

@@ -1,7 +1,7 @@
 """Print the README's figures and pictures from the committed result files.
 
 What stands between the two marks in README.md is printed here, and nowhere typed: for each device
-the newest file with rows of the models.
+and set of dtypes the newest file with rows of the models.
 """
 
 from pathlib import Path
@@ -19,14 +19,16 @@ COLUMNS = ("stock eager", "torch.compile", "onnxruntime", "FlashAttention unpadd
 
 
 def newest(folder=RESULTS):
-    """[(path, content)] of the newest file of each device that has rows of models."""
+    """[(path, content)] of the newest file of each device and set of dtypes that has rows of
+    models."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         content = read(path)
-        if content["part"] == "bench" and any(r["kind"] != "op" for r in content["rows"]):
-            known = found.get(content["device"]["name"])
-            if known is None or content["date"] > known[1]["date"]:
-                found[content["device"]["name"]] = path, content
+        dtypes = {r["dtype"] for r in content["rows"] if r["kind"] != "op"}
+        if content["part"] == "bench" and dtypes:
+            of = content["device"]["name"], *sorted(dtypes)
+            if of not in found or content["date"] > found[of][1]["date"]:
+                found[of] = path, content
     return [found[name] for name in sorted(found)]
 
 
@@ -66,13 +68,20 @@ def _table(rows):
         ratio = other and other["ratio_median"]
         return f"{row['ratio_median'] / ratio:.1f}" if ratio else ""
 
+    def frozen(row):
+        frozen = of.get((row["workload"], row["dtype"], "ours, frozen"))
+        ratio = frozen and frozen["ratio_median"]
+        return f"{ratio:.1f}" if ratio else ""
+
     columns = [name for name in COLUMNS if any(over(row, name) for row in shown)]
-    headings = ["workload", "dtype", "tokens / positions", "stock sdpa", *columns, "error"]
+    also = ["stock sdpa, frozen weights"] * any(map(frozen, shown))
+    headings = ["workload", "dtype", "tokens / positions", "stock sdpa", *also, *columns, "error"]
     yield "| " + " | ".join(headings) + " |"
     yield "|" + " --- |" * len(headings)
     for row in shown:
         cells = [
             row["workload"], row["dtype"], f"{row['fill']:.2f}", _times(row),
+            *(frozen(row) for _ in also),
             *(over(row, name) for name in columns),
             f"{row['error']['rms'] / row['baseline_error']['rms']:.2f}",
         ]  # fmt: skip

@@ -279,9 +279,27 @@ def test_the_readme_is_stale_as_soon_as_a_figure_changes(house, monkeypatch):
     assert readme.stale() == ["README.md"]
 
 
-def test_only_the_newest_file_of_a_device_is_printed(house):
+def test_only_the_newest_file_of_a_device_and_its_dtypes_is_printed(house):
     _, path = house
     newer = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00"}
     saved(path.with_name("a-newer.json"), newer)
     saved(path.with_name("tests.json"), content(part="tests", date="2026-03-01T00:00:00+00:00"))
     assert [p.name for p, _ in readme.newest()] == ["a-newer.json"]
+    half = json.loads(path.read_text())
+    for r in half["rows"]:
+        r["dtype"] = "bfloat16"
+    saved(path.with_name("half.json"), half)
+    assert [p.name for p, _ in readme.newest()] == ["half.json", "a-newer.json"]
+
+
+def test_frozen_weights_have_a_column_where_they_were_measured(house):
+    _, path = house
+    assert "frozen" not in readme.block(readme.newest(), [])
+    measured = json.loads(path.read_text())
+    error = measured["rows"][0]["error"]
+    measured["rows"].append(row("ours, frozen", 3.0, error=error, baseline_error=error))
+    saved(path, measured)
+    printed = readme.block(readme.newest(), [])
+    assert "| stock sdpa | stock sdpa, frozen weights |" in printed
+    assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 3.0 |" in printed
+    assert "| base squad-384 | float32 | 0.50 | 4.0 (3.8 to 4.2) |  |" in printed
