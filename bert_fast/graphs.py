@@ -156,15 +156,17 @@ class Graphs:
     def __init__(self):
         self.off = None  # why no more are recorded
         self._lock = threading.RLock()
+        self._done = []  # the event of the last replay
         self._forget()
 
     def _forget(self):
+        for event in self._done:
+            event.synchronize()  # what a replay in another stream uses must not be freed under it
         self._graphs = collections.OrderedDict()  # Bucket -> _Graph, in the order of use
         self._seen = set()  # buckets that have run without a graph
         self._recorded = None  # what is the same in all graphs, as _burnt_in has it
         self._weights = ()  # keeps the memory that they read
         self._pool = None
-        self._done = []  # the event of the last replay
 
     @property
     def count(self):
