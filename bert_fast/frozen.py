@@ -1,8 +1,8 @@
 """Weights that will not be written to any more, with a copy in the layout that oneDNN computes in.
 
 oneDNN brings a weight into that layout at every product, which takes half the time of a product of
-a few rows. On a CPU, without gradients, a sentence of 7 to 16 tokens takes half to two thirds of
-the time, 128 tokens 0.95 of it.
+a few rows. On a CPU, without gradients, products of 7 to 16 tokens take half to two thirds of the
+time, those of 128 tokens 0.95 of it.
 
 A change of the weights is noticed where PyTorch counts it (load_state_dict, an optimizer's step,
 `.to()`, any in-place operation on a parameter), and the copy is made anew. A write through `.data`

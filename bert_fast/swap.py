@@ -25,8 +25,8 @@ def accelerate(model, cuda_graphs=False, frozen=False):
     model        any torch.nn.Module: a BertModel, a BERT with a head, a SentenceTransformer, ...
     cuda_graphs  whether short forwards on a GPU are recorded and replayed, as graphs.py says: for
                  small batches, whose kernels take longer to launch than to run
-    frozen       whether the weights will not be written to any more: short inputs on a CPU then run
-                 on a copy of them, up to twice as fast, as frozen.py says
+    frozen       whether the weights will not be written to any more: on a CPU products then run on
+                 a copy of them, which is faster for short inputs, as frozen.py says
 
     Returns model. Weights, names and outputs stay; a module's class becomes the bert_fast class of
     its name. Of a model that has been accelerated the two options change, or a log line says that
