@@ -47,7 +47,7 @@ def stock_model(name="BertModel", device="cpu", dtype=torch.float32, **changes):
 
 
 def ids_of(device="cpu", shape=(B, S), high=99):
-    return torch.randint(high, shape, generator=torch.manual_seed(1)).to(device)
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def masks(device="cpu"):
