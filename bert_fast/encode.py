@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 
 from . import modeling
+from .inputs import room
 from .swap import ENCODERS, accelerate
 
 POOLINGS = ("cls", "mean")
@@ -125,10 +126,9 @@ def _why(error):
 
 def positions(model, tokenizer):
     """The most tokens that a text may have."""
-    rows = model.config.max_position_embeddings
-    architecture = getattr(model.base_model, "architecture", None)
-    if architecture and architecture.position_ids:  # those up to padding_idx are of no token
-        rows -= model.base_model.embeddings.padding_idx + 1
+    encoder = model.base_model
+    ours = isinstance(encoder, tuple(ENCODERS))
+    rows = room(encoder) if ours else model.config.max_position_embeddings
     return min(rows, tokenizer.model_max_length)
 
 

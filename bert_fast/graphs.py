@@ -30,6 +30,7 @@ from .inputs import Inputs, room
 
 MAX_TOKENS = 8192  # positions; with more, the GPU works longer than the CPU launches
 LIMIT = 16  # graphs of a model
+NAME = "_bert_fast_cuda_graphs"  # of the mark on an encoder for which they are turned on
 
 logger = logging.getLogger("bert_fast")
 
@@ -249,18 +250,18 @@ _of_models = weakref.WeakKeyDictionary()
 
 def turn(model, on):
     """Turn graphs on or off for an encoder; whether that changes anything."""
-    if on == ("_bert_fast_cuda_graphs" in model.__dict__):
+    if on == (NAME in model.__dict__):
         return False
     if on:
-        model.__dict__["_bert_fast_cuda_graphs"] = True
+        model.__dict__[NAME] = True
     else:
-        del model.__dict__["_bert_fast_cuda_graphs"]
+        del model.__dict__[NAME]
         _of_models.pop(model, None)
     return True
 
 
 def graphs_of(model):
     """The Graphs of an encoder, or None where they are not turned on."""
-    if "_bert_fast_cuda_graphs" not in model.__dict__:
+    if NAME not in model.__dict__:
         return None
     return _of_models.get(model) or _of_models.setdefault(model, Graphs())
