@@ -83,6 +83,11 @@ def device_of(device):
 
 
 def _cpu_name():
+    """AMD EPYC, AVX2: the instructions too, as a virtual machine often names no model."""
+    return f"{_model_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _model_name():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

@@ -230,6 +230,8 @@ def _batch(t, start, n, length):
 def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
     """One call of scaled_dot_product_attention for each run of sequences of equal lengths."""
     max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
+    dtype = q.dtype
+    q, k, v = launch.for_products(q, k, v)
     parts = []
     for n, Lq, Lk, start_q, start_k in _runs(cu_seqlens, cu_seqlens_k):
         if Lq > max_seqlen or Lk > max_seqlen_k:
@@ -254,9 +256,9 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
         o = F.pad(o, (0, 0, blind, 0)) if blind else o
         parts.append(o.transpose(1, 2).flatten(0, 1))
     if not parts:
-        return q.new_empty(q.shape)
-    o = (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
-    return launch.with_room(o, len(q))
+        return q.new_empty(q.shape, dtype=dtype)
+    o = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return launch.with_room(o.to(dtype).contiguous(), len(q))
 
 
 def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):

@@ -62,6 +62,23 @@ def missing(device):
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
+@functools.cache
+def cpu_multiplies(dtype):
+    """Whether this CPU, by way of oneDNN, has products of dtype. Where it has none of 16 bits, as
+    most have none of fp16, torch's own take some seven times as long as those in fp32."""
+    short = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None) if short else None
+    return short is None or (supported is not None and supported())
+
+
+def for_products(*tensors):
+    """Tensors (or None) of one dtype, in fp32 if they are on a CPU without products of theirs."""
+    first = tensors[0]
+    if first.device.type != "cpu" or cpu_multiplies(first.dtype):
+        return tensors
+    return tuple(t if t is None else t.float() for t in tensors)
+
+
 def backend(device):
     """What runs the ops on device: "triton", "interpreter" or "pytorch".
 

@@ -13,7 +13,8 @@ Batches    The kernel gives a row of y the same bits whatever the other rows, an
 CPU        oneDNN, on the weight as it lies, where it can: torch's own linear gives fp32 to MKL,
            half as fast on AMD and about as fast on Intel. oneDNN adds up K in one chain, MKL in
            shorter ones: in fp32 a layer errs 1.4 to 1.7 times as far, some 1e-6 of its values.
-           GELU or the residual is taken before y leaves the cache.
+           GELU or the residual is taken before y leaves the cache. 16 bits without instructions for
+           them are multiplied in fp32.
 Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over rows, dresidual = dy.
            Products of torch in the dtype of x, dz rounded to it. Where act is GELU, z is computed
            again instead of kept: one more product, a third of the largest activation less.
@@ -210,15 +211,15 @@ ROWS = 64  # of x, that a layout is chosen for; it suits any number of them
 
 _product, _product_and_add = _find_products()
 _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _product else None
-_ONEDNN_DTYPES = {torch.float32} if _product else set()
-if _product and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-    _ONEDNN_DTYPES.add(torch.bfloat16)
+ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _onednn_takes(x, weight, residual):
     tensors = [t for t in (x, weight, residual) if t is not None]
     return (
-        x.dtype in _ONEDNN_DTYPES
+        _product is not None
+        and x.dtype in ONEDNN_DTYPES
+        and launch.cpu_multiplies(x.dtype)
         and weight.numel() >= SMALL
         and all(t.is_contiguous() for t in tensors)  # another layout is a thousand times slower
         and torch.backends.mkldnn.enabled
@@ -235,13 +236,15 @@ def _plain_rows(x, weight, bias, activation, residual):
     both = activation and residual is not None  # oneDNN takes one of them with its product
     if _onednn_takes(x, weight, residual) and not (both and x.itemsize == 2):
         return _onednn(x, weight, bias, activation, residual)
-    if x.itemsize == 2 and (activation or residual is not None):  # in fp32, to round once
-        wide = [None if t is None else t.float() for t in (x, weight, bias)]
-        y = F.linear(*wide)
-    else:
-        y = F.linear(x, weight, bias)
+    further = activation or residual is not None
+    if x.itemsize == 2 and (further or not launch.cpu_multiplies(x.dtype)):  # rounded once
+        args = (t if t is None else t.float() for t in (x, weight, bias, residual))
+        wide_x, wide_weight, wide_bias, wide_residual = args
+        y = _plain_rows(wide_x, wide_weight, wide_bias, activation, wide_residual)
+        return y.to(x.dtype)
+    y = F.linear(x, weight, bias)
     y = F.gelu(y) if activation else y
-    return (y if residual is None else y.add_(residual)).to(x.dtype)
+    return y if residual is None else y.add_(residual)
 
 
 def _onednn(x, weight, bias, activation, residual):
@@ -254,8 +257,9 @@ def _onednn(x, weight, bias, activation, residual):
 
 
 def prepack(weight):
-    """weight [N, K] in the layout that oneDNN computes in, for prepacked_linear; None where linear
-    would not give it to oneDNN."""
+    """weight [N, K] in the layout that oneDNN computes in, in fp32 where linear would compute in
+    fp32, for prepacked_linear; None where linear would not give it to oneDNN."""
+    (weight,) = launch.for_products(weight)
     if _reorder is None or not _onednn_takes(weight[:1], weight, None):
         return None
     return _reorder(weight, ROWS)
@@ -276,7 +280,13 @@ def prepacked_linear(x, packed, bias, activation=None, residual=None):
     """linear(x, weight, bias, activation, residual) of packed = prepack(weight), without gradients,
     with an activation or a residual, not both."""
     residual = None if residual is None else residual.contiguous()
-    return _onednn(x.contiguous(), packed, bias, activation, residual)
+    wide_x, bias, residual = launch.for_products(x.contiguous(), bias, residual)
+    return _onednn(wide_x, packed, bias, activation, residual).to(x.dtype)
+
+
+def _matmul(a, b):
+    wide_a, wide_b = launch.for_products(a, b)
+    return (wide_a @ wide_b).to(a.dtype)
 
 
 def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
@@ -287,8 +297,8 @@ def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_
         z = _linear(x, weight, bias, None, None, None)
         dz = torch.ops.aten.gelu_backward(dy.float(), z.float()).to(x.dtype)
     return (
-        launch.pad_rows(dz @ weight, T) if needs_x else x.new_empty(0),
-        dz.mT @ x if needs_weight else x.new_empty(0),
+        launch.pad_rows(_matmul(dz, weight), T) if needs_x else x.new_empty(0),
+        _matmul(dz.mT, x) if needs_weight else x.new_empty(0),
         dz.sum(0),
     )
 
