@@ -3,7 +3,8 @@
 From its default each configuration is changed in one number at a time: tiles and warps doubled or
 halved, stages one more or less; the best becomes the next start, until nothing gains. A candidate
 is checked against the definition before it is timed: what is wrong, or does not compile, is no
-choice. One configuration serves all benchmark cases with its key, in every batch.
+choice. One configuration serves all benchmark cases with its key, in every batch: where the key
+says how many rows there are, what gives other bits than the default is no choice either.
 """
 
 import json
@@ -34,8 +35,8 @@ def asked(fn):
     """The configurations that fn() asks for: {(op, key): (default, names that are fixed)}."""
     found = {}
 
-    def ask(op, default, fixed=(), **key):
-        found[op, launch.written(key)] = default, fixed
+    def ask(op, default, fixed=(), rows=None, **key):
+        found[op, launch.written(key, rows)] = default, fixed
         return default
 
     with patch.object(launch, "configuration", ask), torch.no_grad():
@@ -47,10 +48,10 @@ def given(config, wanted):
     """launch.configuration, but with config for wanted, an (op, key)."""
     original = launch.configuration
 
-    def answer(op, default, fixed=(), **key):
-        if (op, launch.written(key)) == wanted:
+    def answer(op, default, fixed=(), rows=None, **key):
+        if (op, launch.written(key, rows)) == wanted:
             return config
-        return original(op, default, fixed, **key)
+        return original(op, default, fixed, rows, **key)
 
     return patch.object(launch, "configuration", answer)
 
@@ -117,17 +118,24 @@ def with_config(fn, inputs, config, wanted):
 
 def time_on(problems, wanted, clock, seconds):
     """config -> the geometric mean of its times on problems, (fn, inputs, truth, limit) each."""
+    of_first = []  # what the first configuration gives, where others must give the same
 
     def time_of(config):
         logs = []
-        for fn, inputs, truth, limit in problems:
+        for n, (fn, inputs, truth, limit) in enumerate(problems):
             run = with_config(fn, inputs, config, wanted)
             try:
-                error = error_of([run()], [truth])["max"]
+                result = run()
+                error = error_of([result], [truth])["max"]
             except refusals() as error:
                 raise Skip(one_line(error)) from error
             if not error <= limit:
                 raise ValueError(f"error {error:.2g}, at most {limit:.2g} is allowed")
+            if "rows" in wanted[1]:
+                if n == len(of_first):
+                    of_first.append(result)
+                elif not torch.equal(result, of_first[n]):
+                    raise ValueError("other bits than the default's")
             failures = {}
             timings = interleave({"it": run}, clock, seconds, failures)
             if failures:

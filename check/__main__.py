@@ -4,6 +4,7 @@
     python check fuzz --cases 2000      random cases against the definition
     python check mutants                bugs made mechanically: each must be found
     python check aot                    what the compiler makes of every kernel, and how fast it is
+    python check forward                how long a forward takes on a GPU, from what aot says
     python check overhead               how long Python takes to launch a forward
 
 The first three run kernels in Triton's interpreter and want TRITON_INTERPRET=1, as make sets it.
@@ -27,13 +28,15 @@ if not HAS_TRITON:
     sys.exit("check: needs triton, which runs on Linux; pip install triton")
 
 import aot
+import forward
 import fuzz
 import mutants
 import one_op
 import overhead
 
 COMMANDS = {
-    "op": one_op, "fuzz": fuzz, "mutants": mutants, "aot": aot, "overhead": overhead
+    "op": one_op, "fuzz": fuzz, "mutants": mutants, "aot": aot, "forward": forward,
+    "overhead": overhead,
 }  # fmt: skip
 
 
@@ -50,7 +53,7 @@ def main():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0])
         if name == "op":
             command.add_argument("op", metavar="OP", nargs="*")
-        elif name != "overhead":
+        elif name not in ("forward", "overhead"):
             command.add_argument("--op", metavar="OP", action="append", help="may be repeated")
         module.add_arguments(command)
     options = parser.parse_args()

@@ -166,11 +166,14 @@ def slug(name):
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
-def configuration(op, default, fixed=(), **key):
+def configuration(op, default, fixed=(), rows=None, **key):
     """How to launch op on the current GPU: as its table says for key, else default.
 
     default  {name: integer}: tile sizes, num_warps, num_stages
     fixed    names in default that correctness hangs on: always as in default
+    rows     of this call, for an op whose bits hang on what is fixed alone. A table has an entry
+             for each power of two, which serves the numbers of rows below; `bench tune` takes no
+             configuration that changes a bit.
     key      what the choice depends on. It names nothing of the batch (ValueError): the order in
              which a sum is taken follows from the choice, and a sequence's bits from that order.
     """
@@ -180,18 +183,26 @@ def configuration(op, default, fixed=(), **key):
         )
     if INTERPRET or not torch.cuda.is_available():
         return default
-    tuned = _table(torch.cuda.current_device()).get((op, written(key)))
+    if not (table := _table(torch.cuda.current_device())):
+        return default
+    tuned = table.get((op, written(key, rows)))
     if tuned is None:
         return default
     if tuned.keys() != default.keys():
-        _warn(f"{op}, {written(key)}: must have {', '.join(default)}, got {', '.join(tuned)}")
+        _warn(f"{op}, {written(key, rows)}: must have {', '.join(default)}, got {', '.join(tuned)}")
         return default
     return {**tuned, **{name: default[name] for name in fixed}}
 
 
-def written(key):
-    """{"N": 768, "D": 64} as in a table: D=64 N=768"""
-    return " ".join(f"{name}={value}" for name, value in sorted(key.items()))
+ROWS = (128, 16384)  # fewer and more are taken for these
+
+
+def written(key, rows=None):
+    """{"N": 768, "D": 64} and 1000 rows as in a table: D=64 N=768 rows<=1024"""
+    words = [f"{name}={value}" for name, value in sorted(key.items())]
+    if rows is not None:
+        words.append(f"rows<={next_power_of_2(min(max(rows, ROWS[0]), ROWS[1]))}")
+    return " ".join(words)
 
 
 @functools.cache

@@ -150,7 +150,7 @@ ENOUGH = 1 if launch.INTERPRET else 128
 def _forms(arch, itemsize):
     """(BLOCK_M, BLOCK_N, warps, stages), large tiles first. None spills on sm_80, sm_90 or gfx942;
     the first fills sm_90 with two programs of 8 warps, which hide each other's ends, and sm_80 with
-    three of 4. Not yet measured.
+    three of 4. Not yet measured: `bench tune` looks among their neighbours.
 
     64 rows at least: fewer take another instruction on sm_90, whose sums may round otherwise. For
     the same reason 32 columns on AMD.
@@ -163,15 +163,18 @@ def _forms(arch, itemsize):
     return (first, (64, 64, 4, 4), (64, 32, 4, 5), (64, 16, 4, 6))
 
 
-def _config(T, N, itemsize, arch):
-    """The largest tiles of which there are enough, or the smallest."""
+def _config(T, N, K, itemsize, arch):
+    """The largest tiles of which there are enough, or the smallest; or what was measured."""
     forms = _forms(arch, itemsize)
     enough = (f for f in forms if ceil_div(T, f[0]) * ceil_div(N, f[1]) >= ENOUGH)
     BLOCK_M, BLOCK_N, warps, stages = next(enough, forms[-1])
-    return {
+    config = {
         "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 128 // itemsize,
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+    return launch.configuration(
+        "linear", config, fixed=("BLOCK_K",), rows=T, N=N, K=K, itemsize=itemsize
+    )
 
 
 def _forward(y, x, weight, bias, activation, residual, num_tokens):
@@ -179,7 +182,7 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     weight, stride_wn = launch.rows(weight)
     residual, stride_rt = launch.rows(residual)
     (T, K), N = x.shape, weight.shape[0]
-    config = _config(T, N, x.itemsize, launch.arch())
+    config = _config(T, N, K, x.itemsize, launch.arch())
     # The error of 16 bits' own form is less than rounding; next to a residual that cancels, more.
     form = act_of(x.dtype) if residual is None else gelu_erf
     programs = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])

@@ -437,6 +437,32 @@ def test_what_was_tuned_is_what_launchers_read(tables, tmp_path):
     assert tune.chosen_in(content) == ("NVIDIA Toy", chosen)
 
 
+def by_rows(x):
+    config = launch.configuration("by_rows", {"BLOCK_N": 64}, rows=len(x), N=x.shape[-1])
+    launch_of.append(config["BLOCK_N"])
+    return x + (config["BLOCK_N"] > 64) * 1e-7  # an ulp more, in half the time
+
+
+@pytest.mark.parametrize("other_bits", [False, True])
+def test_a_choice_by_rows_gives_the_bits_of_the_default(other_bits, tables):
+    def fn(x):
+        return by_rows(x) if other_bits else by_rows(x).round()
+
+    toy = SimpleNamespace(**{**vars(TOY), "fn": fn, "bench": ({"T": 3}, {"T": 300})})
+    found = results.Results(None, KNOWN, "tune")
+    cpu = torch.device("cpu")
+    chosen = tune.tune(found, TunedClock(), cpu, 60.0, (toy,), (torch.float32,))
+    wrong = {e["reason"] for e in found.content["tune"] if e["status"] == "wrong"}
+    if other_bits:
+        assert chosen == {} and wrong == {"other bits than the default's"}
+        return
+    assert chosen["by_rows"].keys() == {"N=768 rows<=128", "N=768 rows<=512"}
+    tune.write_table(tables, "NVIDIA Toy", {"by_rows": {"N=768 rows<=512": {"BLOCK_N": 256}}})
+    for rows, block in ((1, 64), (256, 64), (257, 256), (512, 256), (513, 64)):
+        by_rows(torch.ones(rows, 768))
+        assert launch_of[-1] == block
+
+
 def test_a_later_table_keeps_the_other_keys(tables):
     tune.write_table(tables, "NVIDIA Toy", {"toy": {"N=1": {"BLOCK_N": 1}}})
     tune.write_table(tables, "NVIDIA Toy", {"toy": {"N=2": {"BLOCK_N": 2}}})
