@@ -62,7 +62,7 @@ def neighbours(config, fixed):
         if name in fixed:
             continue
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
-        limit = {"num_stages": 6, "num_warps": 16}.get(name, 4096)
+        limit = {"num_stages": 6, "num_warps": 16, "LAUNCHES": 2}.get(name, 4096)
         yield from ({**config, name: v} for v in steps if 1 <= v <= limit)
 
 

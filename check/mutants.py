@@ -523,13 +523,13 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"attention\._forward_kernel flag: .*, False, .*  ->  .*, True, .*": _SLOWER,
     # linear
     r"linear\._accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
-    r"linear\._forward_kernel flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
+    r"linear\.tile_product flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
     r"linear\._accumulate number: tl\.load\(.*other=1\.0\)": "past K the other factor is 0",
-    r"linear\._forward_kernel name: .*, start_k, K, False, .*  ->  .*, start_k, [TN], .*": _UNUSED,
-    r"linear\._forward_kernel name: _accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
+    r"linear\.tile_product name: .*, start_k, K, False, .*  ->  .*, start_k, [TN], .*": _UNUSED,
+    r"linear\.tile_product name: _accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
         "a longer step is masked past K; the interpreter takes the largest tiles, none shorter"
     ),
-    r"linear\._forward_kernel (condition|comparison): (if )?full < K:?  ->  (if True:|full <= K)": (
+    r"linear\.tile_product (condition|comparison): (if )?full < K:?  ->  (if True:|full <= K)": (
         "a step that is past K altogether adds products of zeros"
     ),
     # pointwise

@@ -1,5 +1,7 @@
 """The compile report: what ships keeps its budgets, and each budget can be broken."""
 
+import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -49,6 +51,24 @@ def test_every_kernel_compiles_elsewhere_and_fits_shared_memory(arch):
 def test_every_op_with_a_kernel_has_a_spec():
     assert kernels_without_spec() == []
     assert kernels_without_spec([s for s in SPECS if s.name != "gelu"]) == ["gelu"]
+
+
+@pytest.mark.parametrize("T", [16384, 128])
+def test_product_and_layer_norm_in_one_launch(T, monkeypatch):
+    """Within the budgets; and the stores of all threads come before the count of one, which comes
+    before all loads of what others stored."""
+    file = importlib.import_module("bert_fast.kernels.linear_layer_norm")
+    spec, case = file.SPEC, {"T": T, "K": 768, "N": 768}
+    monkeypatch.setattr(file, "_launches", lambda *_: 1)
+    for row in aot.rows(dataclasses.replace(spec, bench=(case,)), GATED, ["bfloat16", "float32"]):
+        assert not row["over"], (row["arch"], row["dtype"], row["over"])
+    (launched,) = compile_all(spec, case, torch.bfloat16, ["sm_90"])["sm_90"]
+    ptx = launched.kernel.asm["ptx"]
+    first, count, last = ptx.partition("atom.global.gpu.acq_rel.add.u32")
+    assert count
+    assert first.rindex("bar.sync") > first.rindex("st.global")
+    assert last.index("bar.sync") < last.index("ld.global") < last.index("st.global")
+    assert "ld.global.nc" not in last
 
 
 # -- kernels that break a budget ------------------------------------------------------------
