@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import stock_model
 
+import bert_fast
+from bert_fast import encoder
 from bert_fast.kernels import SPECS, launch
 from bert_fast.kernels.launch import HAS_TRITON, INTERPRET
 
@@ -20,6 +23,7 @@ if INTERPRET:
 sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
 
 import aot
+import forward
 import roofline
 import triton
 import triton.language as tl
@@ -69,6 +73,55 @@ def test_product_and_layer_norm_in_one_launch(T, monkeypatch):
     assert first.rindex("bar.sync") > first.rindex("st.global")
     assert last.index("bar.sync") < last.index("ld.global") < last.index("st.global")
     assert "ld.global.nc" not in last
+
+
+# -- a forward ------------------------------------------------------------------------------
+def test_the_layer_that_is_predicted_is_the_one_that_runs(monkeypatch):
+    """The same ops in the same order, of the same sizes."""
+    hidden, heads, B, S = 32, 2, 3, 5
+    called = []
+
+    def record(name, case_of):
+        fn = getattr(encoder.ops, name)
+
+        def call(*args, **kwargs):
+            called.append((name, case_of(*args)))
+            return fn(*args, **kwargs)
+
+        monkeypatch.setattr(encoder.ops, name, call)
+
+    def of_product(x, weight, bias, activation=None, *_):
+        gelu = {"gelu": True} if activation == "gelu" else {}
+        return {"T": len(x), "K": x.shape[1], "N": len(weight), **gelu}
+
+    def of_attention(q, k, v, cu_seqlens, *_):
+        return {"lengths": tuple(cu_seqlens.diff().tolist()), "heads": q.shape[1], "D": q.shape[2]}
+
+    record("linear", of_product)
+    record("linear_layer_norm", of_product)
+    record("attention", of_attention)
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
+    model = bert_fast.accelerate(stock_model(**sizes))
+    tokens = encoder.Tokens(None, B, S, torch.device("cpu"))
+    x = torch.randn(B * S, hidden)
+    encoder.layer_forward(model.architecture, model.encoder.layer[0], x, tokens, causal=False)
+    assert called == [(op, case) for _, op, case in forward.layer(hidden, heads, B, S)]
+
+
+def test_a_forward_is_its_layers_and_what_comes_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(forward, "seconds", lambda *args: asked.append(args[:2]) or 1e-5)
+    base = next(w for w in forward.WORKLOADS if (w.model, w.S) == ("base", 128))
+    found = forward.predict(base)
+    assert found["forward"] == pytest.approx((12 * 5 + 3) * 1e-5)
+    flops = base.B * 128 * (169.9e6 + 0.0369e6 * 128)  # of a token, as published
+    ceiling = GPUS["H200"].tensor * roofline.PRODUCT
+    assert found["share"] == pytest.approx(flops / 63e-5 / ceiling, rel=1e-3)
+    known = {spec.name: spec for spec in SPECS}
+    for op, case in asked:
+        if op != "attention":  # its inputs are large
+            case = {k: 2 if k in ("T", "B", "K", "N") else v for k, v in case.items()}
+            known[op].inputs(torch.float16, "cpu", **case)
 
 
 # -- kernels that break a budget ------------------------------------------------------------
