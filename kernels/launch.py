@@ -181,11 +181,9 @@ def configuration(op, default, fixed=(), rows=None, **key):
         raise ValueError(
             f"configuration: {op}'s key must name nothing of the batch, got {', '.join(wrong)}"
         )
-    if INTERPRET or not torch.cuda.is_available():
+    if INTERPRET or not _gpus():
         return default
-    if not (table := _table(torch.cuda.current_device())):
-        return default
-    tuned = table.get((op, written(key, rows)))
+    tuned = _tuned(torch.cuda.current_device(), op, bucket(rows), tuple(key.items()))
     if tuned is None:
         return default
     if tuned.keys() != default.keys():
@@ -197,12 +195,23 @@ def configuration(op, default, fixed=(), rows=None, **key):
 ROWS = (128, 16384)  # fewer and more are taken for these
 
 
+def bucket(rows):
+    """The number of rows that a table has an entry for, in place of rows."""
+    return None if rows is None else next_power_of_2(min(max(rows, ROWS[0]), ROWS[1]))
+
+
 def written(key, rows=None):
     """{"N": 768, "D": 64} and 1000 rows as in a table: D=64 N=768 rows<=1024"""
     words = [f"{name}={value}" for name, value in sorted(key.items())]
-    if rows is not None:
-        words.append(f"rows<={next_power_of_2(min(max(rows, ROWS[0]), ROWS[1]))}")
-    return " ".join(words)
+    return " ".join(words if rows is None else [*words, f"rows<={bucket(rows)}"])
+
+
+_gpus = functools.cache(torch.cuda.is_available)
+
+
+@functools.cache  # a launch comes here, and this takes as long as a launch
+def _tuned(index, op, rows, key):
+    return _table(index).get((op, written(dict(key), rows)))
 
 
 @functools.cache

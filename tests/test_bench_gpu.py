@@ -413,13 +413,18 @@ def tables(tmp_path, monkeypatch):
     """kernels/tuned/ in another place, and a GPU called NVIDIA Toy."""
     monkeypatch.setattr(launch, "TABLES", tmp_path)
     monkeypatch.setattr(launch, "INTERPRET", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "_gpus", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Toy")
-    for cached in (launch._table, launch._warn):
-        cached.cache_clear()
+    forget()
     yield tmp_path / "nvidia-toy.json"
-    launch._table.cache_clear()
+    forget()
+
+
+def forget():
+    """As in a new process."""
+    for cached in (launch._table, launch._tuned, launch._warn):
+        cached.cache_clear()
 
 
 def test_what_was_tuned_is_what_launchers_read(tables, tmp_path):
@@ -522,7 +527,7 @@ def test_a_key_names_nothing_of_the_batch():
 
 def test_without_a_gpu_there_are_defaults(tables, monkeypatch):
     tune.write_table(tables, "NVIDIA Toy", {"op": {"D=64": {"BLOCK_N": 32}}})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "_gpus", lambda: False)
     assert launch.configuration("op", {"BLOCK_N": 64}, D=64) == {"BLOCK_N": 64}
 
 
