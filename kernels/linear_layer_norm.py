@@ -36,7 +36,9 @@ def linear_layer_norm_ref(
     x, weight, bias, residual, norm_weight, norm_bias, eps=1e-12, num_tokens=None
 ):
     h = linear_ref(x, weight, bias, residual=residual)
-    return layer_norm_ref(h, norm_weight, norm_bias, eps=eps)
+    wide = torch.promote_types(h.dtype, torch.float32)  # 1e-12 is 0 in fp16
+    y = layer_norm_ref(*(t.to(wide) for t in (h, norm_weight, norm_bias)), eps=eps)
+    return y.to(h.dtype)
 
 
 # -- kernels --------------------------------------------------------------------------------
@@ -264,6 +266,7 @@ SPEC = Spec(
         {"T": 21, "K": 192, "N": 128},  # enough for oneDNN
         {"T": 5, "K": 32, "N": 64, "eps": 1.0},  # large enough to show
         {"T": 5, "K": 32, "N": 64, "norm_dtype": torch.float32},  # fp32 master weights
+        {"T": 2, "K": 8, "N": 8192},  # whose sum fp16 could not hold
     ),
     fuzz=_fuzz,
     whole={"T": 256, "K": 256, "N": 256},
@@ -294,4 +297,6 @@ SPEC = Spec(
     },
     packed=("x", "residual"),
     rounds_inside=True,
+    overflows_inside=True,
+    rounds_backward=True,
 )
