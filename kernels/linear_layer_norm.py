@@ -13,6 +13,8 @@ Launches   Two, of those ops' kernels, unless a table says that one is faster. T
 Order      A program stores its tile; a barrier; then it adds 1 to the counter of those rows, with
            acquire and release. Who finds that all others have been there sees what they stored:
            causality order in the PTX ISA's memory consistency model. Nobody waits for anybody.
+Batches    A row of y hangs on that row alone, in one launch and in two. Between the two a table may
+           choose by the number of rows only where both gave the same bits, see bench/tune.py.
 Backward   Of the two ops.
 Source     linear.py and layer_norm.py; "the last to arrive does the rest" is threadFenceReduction
            of NVIDIA's CUDA samples.
