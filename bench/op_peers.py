@@ -211,14 +211,6 @@ def _with_the_rest(y, activation=None, residual=None, **_):
     return [_followed(y, activation, residual)]  # outside of the clock's sight
 
 
-def _add_norm(x, weight, bias, residual, norm_weight, norm_bias, eps=1e-12, **_):
-    def run():
-        h = F.linear(x, weight, bias) + residual
-        return F.layer_norm(h, norm_weight.shape, norm_weight, norm_bias, eps)
-
-    return run
-
-
 # The baseline of each op: what one would write with torch alone.
 BASELINES = {
     "attention": peer("padded sdpa", _padded_sdpa, _unpadded),
@@ -228,7 +220,6 @@ BASELINES = {
     "pack": peer("nonzero", _nonzero, _filled),
     "unpack": peer("index_put", _indexed),
     "linear": peer("F.linear", _linear),
-    "linear_layer_norm": peer("F.linear, F.layer_norm", _add_norm),
 }
 OTHERS = {
     "attention": (

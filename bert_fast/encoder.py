@@ -3,11 +3,11 @@
     input_ids, attention_mask [B, S]
       Tokens        row_index, cu_seqlens: where the T tokens are
       embed         word + position + token type, LayerNorm            x [T, H]
-      each layer    q, k, v in one product -> attention                [T, 3H] -> [T, H]
-                    LayerNorm(product + x)                             x [T, H]
+      each layer    q, k, v in one product -> attention -> product     [T, 3H] -> [T, H]
+                    LayerNorm(... + x)                                 x [T, H]
                     in a decoder, the same over the encoder's tokens   [T, H], [Tk, 2H] -> [T, H]
-                    product -> GELU                                    [T, 4H]
-                    LayerNorm(product + x)                             x [T, H]
+                    product -> GELU -> product                         [T, 4H] -> [T, H]
+                    LayerNorm(... + x)                                 x [T, H]
       unpack        zeros where there is no token                      [B, S, H]
 
 The ops find their implementation by device. Where a module is, architectures.py says.
@@ -133,15 +133,13 @@ def layer_forward(architecture, layer, x, tokens, causal, memory=None, cache=Non
     """One layer: x [T, H] -> [T, H]. A cache of transformers gets its keys and values, as layer
     `index`."""
     part = find(layer, architecture.attention)
-    h = _attend(part, x, tokens, causal, cache, index)
-    x = _add_norm(part.dense, part.norm, h, x, tokens)
+    x = _add_norm(part, _attend(part, x, tokens, causal, cache, index), x, tokens)
     if memory is not None:
         part = find(layer, architecture.cross_attention)
-        h = _attend_to(part, x, tokens, memory, cache, index)
-        x = _add_norm(part.dense, part.norm, h, x, tokens)
+        x = _add_norm(part, _attend_to(part, x, tokens, memory, cache, index), x, tokens)
     part = find(layer, architecture.feed_forward)
     h = _product([part.up], x, tokens, "gelu")
-    return _add_norm(part.down, part.norm, h, x, tokens)
+    return _norm(part.norm, _product([part.down], h, tokens, residual=x), tokens)
 
 
 def _attend(part, x, tokens, causal, cache, index):
@@ -178,29 +176,22 @@ def _products(x, tokens, core, *linears):
     return y.view(x.shape[0], len(linears), y.shape[1] // (len(linears) * D), D).unbind(1)
 
 
-def _product(linears, x, tokens, activation=None):
-    """The product of x [T, K] with the rows of all Linears, and an activation."""
+def _product(linears, x, tokens, activation=None, residual=None):
+    """The product of x [T, K] with the rows of all Linears, and what `linear` does to it."""
     bias = as_one(*(m.bias for m in linears))
-    if (packed := _packed(linears, x, tokens)) is not None:
-        return prepacked_linear(x, packed, bias, activation)
+    if (packed := prepacked(linears, x)) is not None and tokens.num_tokens is None:
+        return prepacked_linear(x, packed, bias, activation, residual)
     weight = as_one(*(m.weight for m in linears))
-    return ops.linear(x, weight, bias, activation, num_tokens=tokens.num_tokens)
+    return ops.linear(x, weight, bias, activation, residual, num_tokens=tokens.num_tokens)
 
 
-def _add_norm(linear, norm, h, x, tokens):
-    """norm(linear(h) + x), of h [T, K] and x [T, H]."""
-    if (packed := _packed([linear], h, tokens)) is not None:
-        h = prepacked_linear(h, packed, linear.bias, None, x)
-        return ops.layer_norm(h, norm.weight, norm.bias, eps=norm.eps)
-    return ops.linear_layer_norm(
-        h, linear.weight, linear.bias, x, norm.weight, norm.bias, norm.eps,
-        num_tokens=tokens.num_tokens,
-    )  # fmt: skip
+def _add_norm(part, h, x, tokens):
+    """LayerNorm(dense(h) + x): the end of an attention."""
+    return _norm(part.norm, _product([part.dense], h, tokens, residual=x), tokens)
 
 
-def _packed(linears, x, tokens):
-    """The weights in oneDNN's layout, if they are to be multiplied so with x [T, K]."""
-    return None if tokens.num_tokens is not None else prepacked(linears, x)
+def _norm(norm, h, tokens):
+    return ops.layer_norm(h, norm.weight, norm.bias, eps=norm.eps, num_tokens=tokens.num_tokens)
 
 
 def _keep(cache, index, k, v, tokens):

@@ -51,13 +51,16 @@ WORKLOADS = (
 def layer(hidden, heads, B, S):
     """[(label, op, case)] of a layer, in the order of encoder.layer_forward."""
     T = B * S
+    norm = ("LN", "layer_norm", {"shape": (T, hidden), "residual": False})
     lengths = {"lengths": (S,) * B, "heads": heads, "D": hidden // heads}
     return [
         ("QKV", "linear", {"T": T, "K": hidden, "N": 3 * hidden}),
         ("attention", "attention", lengths),
-        ("out, LN", "linear_layer_norm", {"T": T, "K": hidden, "N": hidden}),
-        ("FC1, GELU", "linear", {"T": T, "K": hidden, "N": 4 * hidden, "gelu": True}),
-        ("FC2, LN", "linear_layer_norm", {"T": T, "K": 4 * hidden, "N": hidden}),
+        ("out", "linear", {"T": T, "K": hidden, "N": hidden, "residual": True}),
+        norm,
+        ("FC1", "linear", {"T": T, "K": hidden, "N": 4 * hidden, "gelu": True}),
+        ("FC2", "linear", {"T": T, "K": 4 * hidden, "N": hidden, "residual": True}),
+        norm,
     ]
 
 
@@ -100,7 +103,7 @@ def main(options, specs):
         sys.exit("check forward: the interpreter compiles nothing; unset TRITON_INTERPRET")
     known = {}
     found = [(w, predict(w, options.gpu, known=known)) for w in WORKLOADS]
-    title = f"predicted us on {options.gpu}, bfloat16"
+    title = f"predicted us on {options.gpu}, bfloat16; LN is both of a layer"
     grid = Table(title=title, title_justify="left", box=None)
     grid.add_column("model")
     for heading in ("batch", *found[0][1]["layer"], "layer", "forward", "share of C", "target"):

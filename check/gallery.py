@@ -18,11 +18,11 @@ class Bug:
 BUGS = []
 
 
-def bug(kind, kernel=None):
-    """Decorates a launcher of the kernel that bears its name, or of `kernel`."""
+def bug(kind):
+    """Decorates a launcher of the kernel that bears its name."""
 
     def register(launch):
-        BUGS.append(Bug(kernel or globals()[launch.__name__ + "_kernel"], kind, launch))
+        BUGS.append(Bug(globals()[launch.__name__ + "_kernel"], kind, launch))
         return launch
 
     return register
@@ -307,40 +307,3 @@ def takes_a_ticket_kernel(count_ptr, y_ptr):
 def takes_a_ticket():
     count, y = (torch.zeros(n, dtype=torch.int32) for n in (1, 3))
     takes_a_ticket_kernel[(3,)](count, y)
-
-
-@triton.jit
-def last_one_adds_up_kernel(
-    x_ptr, parts_ptr, count_ptr, y_ptr,
-    BARRIER: tl.constexpr, SEM: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """Each program doubles its part of x; the last to count itself adds up all parts."""
-    offs = tl.arange(0, BLOCK)
-    pid = tl.program_id(0)
-    tl.store(parts_ptr + pid * BLOCK + offs, 2 * tl.load(x_ptr + pid * BLOCK + offs))
-    if BARRIER:
-        tl.debug_barrier()
-    before = tl.atomic_add(count_ptr, 1, sem=SEM)
-    if before == tl.num_programs(0) - 1:
-        total = tl.zeros([BLOCK], tl.float32)
-        for part in range(tl.num_programs(0)):
-            total += tl.load(parts_ptr + part * BLOCK + offs)  # bug
-        tl.store(y_ptr + offs, total)
-
-
-def last_one_adds_up(x, BARRIER=True, SEM="acq_rel"):
-    """Right with its barrier, and acquire and release."""
-    count, y = torch.zeros(1, dtype=torch.int32), torch.empty(8)
-    last_one_adds_up_kernel[(4,)](x, torch.empty(32), count, y, BARRIER, SEM, BLOCK=8)
-    return y
-
-
-@bug("race", last_one_adds_up_kernel)
-def counts_without_a_barrier():
-    """One thread counts while others of its program still store."""
-    last_one_adds_up(_x(32), BARRIER=False)
-
-
-@bug("race", last_one_adds_up_kernel)
-def counts_without_acquire_and_release():
-    last_one_adds_up(_x(32), SEM="relaxed")

@@ -90,9 +90,6 @@ class Judge:
             weight * max(distance(v[i], t) for v in versions) if is_float(t) else 0.0
             for i, t in enumerate(self.truth)
         ]
-        self.overflow = [  # where no number is asked for
-            ~v.isfinite() if spec.overflows_inside and is_float(v) else None for v in versions[0]
-        ]
         stock = versions if near == dtype else [_tensors(spec.ref(**cast(inputs, dtype)))]
         pairs = [(s, t) for s, t in zip(stock[0], self.truth, strict=True) if is_float(t)]
         self.stock = max((self._error_of_stock(s, t) for s, t in pairs), default=0.0)
@@ -115,8 +112,7 @@ class Judge:
         output = _tensors(output)
         if len(output) != len(self.truth):
             return torch.inf, torch.inf
-        wanted = zip(output, self.truth, self.cost, self.overflow, strict=True)
-        for ours, truth, cost, overflow in wanted:
+        for ours, truth, cost in zip(output, self.truth, self.cost, strict=True):
             if ours.shape != truth.shape:
                 return torch.inf, torch.inf
             if not is_float(truth):
@@ -139,7 +135,6 @@ class Judge:
             share = torch.where(finite, apart / allowed, torch.where(past, 0.0, torch.inf))
             share = share.masked_fill(truth.isnan(), 0.0)  # nothing is promised there
             share = share.masked_fill(truth.isinf() & (ours == rounded), 0.0)
-            share = share if overflow is None else share.masked_fill(overflow, 0.0)
             worst = max(worst, share.nan_to_num(torch.inf).max().item())
             error = max(error, distance(ours, truth))
         return worst, error / self.stock if self.stock else 0.0

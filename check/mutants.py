@@ -295,19 +295,14 @@ class Mutant:
 
     @property
     def change(self):
-        """What PROOFS know it by, whichever op it is a mutant of; or behind `OP: ` for one."""
+        """What PROOFS know it by."""
         kernel = f"{self.module.rpartition('.')[2]}.{self.kernel}"
         return f"{kernel} {self.operator}: {self.before}  ->  {self.after}"
-
-    def meant(self, what):
-        """Whether a key of PROOFS is about this mutant."""
-        changes = self.change, f"{self.op}: {self.change}"
-        return any(re.fullmatch(what, change) for change in changes)
 
     @property
     def proof(self):
         """Why it computes what the kernel computes; None where nobody has proved that."""
-        return next((why for what, why in PROOFS.items() if self.meant(what)), None)
+        return next((why for what, why in PROOFS.items() if re.fullmatch(what, self.change)), None)
 
     @property
     def place(self):
@@ -478,11 +473,8 @@ _TYPE = "the interpreter promotes, to the same number; Triton refuses a loop tha
 _UNUSED = "a tile without a mask reads neither"
 _ALL_TRUE = "the mask of a step that does not go past K is true everywhere"
 _DIGITS = "moves a result by less than rounding to 16 bits does, which is the form's precision"
-_NONE = "here there is no activation"
 _ANY = r".* arguments swapped: "
-# A regular expression of a whole Mutant.change, or of that behind `OP: ` -> why no input tells the
-# two apart.
-PROOFS = {
+PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tells the two apart
     _ANY + r"load_row\((.+), offs_n, mask_n\)  ->  load_row\(offs_n, \1, mask_n\)": _SUM,
     _ANY + r"_lookup\((\w+), (\w+), r, (.+)\)  ->  _lookup\(\1, r, \2, \3\)": _SUM,
     # attention
@@ -531,35 +523,15 @@ PROOFS = {
     r"attention\._forward_kernel flag: .*, False, .*  ->  .*, True, .*": _SLOWER,
     # linear
     r"linear\._accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
-    r"linear\.tile_product flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
+    r"linear\._forward_kernel flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
     r"linear\._accumulate number: tl\.load\(.*other=1\.0\)": "past K the other factor is 0",
-    r"linear\.tile_product name: .*, start_k, K, False, .*  ->  .*, start_k, [TN], .*": _UNUSED,
-    r"linear\.tile_product name: _accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
+    r"linear\._forward_kernel name: .*, start_k, K, False, .*  ->  .*, start_k, [TN], .*": _UNUSED,
+    r"linear\._forward_kernel name: _accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
         "a longer step is masked past K; the interpreter takes the largest tiles, none shorter"
     ),
-    r"linear\.tile_product (condition|comparison): (if )?full < K:?  ->  (if True:|full <= K)": (
+    r"linear\._forward_kernel (condition|comparison): (if )?full < K:?  ->  (if True:|full <= K)": (
         "a step that is past K altogether adds products of zeros"
     ),
-    r"linear(_layer_norm)?\._forward_kernel name: tile_product\(.*  ->  .*, BLOCK_(M|N|ROW)\)": (
-        "steps over K of another length, masked past it, add up the same products"
-    ),
-    # linear_layer_norm
-    r"linear_layer_norm: linear\.tile_product initial value: .*": (
-        "one number more in all of a row is gone when its mean is"
-    ),
-    r"linear_layer_norm: linear\._finish condition: if ACT is not None:  ->  if False:": _NONE,
-    r"linear_layer_norm: linear\._finish statement dropped: y = ACT\(y\)  ->  pass": _NONE,
-    r"linear_layer_norm: linear\._finish (condition|name): (if )?residual_ptr is not None.*": (
-        "here there is always a residual"
-    ),
-    r"linear_layer_norm\._normalize_rows cast dropped: .*norm_(weight|bias)_ptr.*": (
-        "what fp32 is multiplied with, or added to, becomes fp32"
-    ),
-    r"linear_layer_norm\._normalize_rows (other dropped|number): .*norm_(weight|bias)_ptr.*": (
-        "past N nothing is stored"
-    ),
-    r"linear_layer_norm\._forward_kernel choice: tl\.minimum\(start_m \+ BLOCK_M, rows\)  ->  "
-    r"start_m \+ BLOCK_M": "rows past the last are masked",
     # pointwise
     r"pointwise\.gelu_exp2 number: -0\.00040682035 \* a  ->  -0\.000407.*": _DIGITS,
     r"pointwise\.gelu_exp2 number: .* \* a \+ 0\.0066143439  ->  .* 0\.00662.*": _DIGITS,
@@ -614,7 +586,7 @@ def problems(mutants, verdicts, every):
         if v.killed and m.proof:
             yield f"proved equivalent, yet killed: {describe(m)}: {v.what}"
     for what in PROOFS:
-        if not any(m.meant(what) for m in every):
+        if not any(re.fullmatch(what, m.change) for m in every):
             yield f"proof of what is no mutant: {what}"
 
 

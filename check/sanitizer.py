@@ -18,9 +18,7 @@ What is found
     unwritten       a load of memory from torch.empty before anything was stored there, or of what
                     was hidden (`hide`)
     two writers     two programs, or two lanes of one store, store to one element
-    race            a program loads what another one of the launch stores, unless the other has
-                    passed a barrier and then counted itself in an element, with release, in which
-                    this one, with acquire, has counted itself later
+    race            a program loads what another one of the launch stores
 What is not: values, so a mask that is too narrow shows in the tests alone; races within a program;
 and programs run one after the other, so nothing that depends on their timing.
 """
@@ -136,9 +134,6 @@ class Sanitizer:
         self._arguments = []  # of the present launch, by region
         self._begun = self._program = 0  # the launch's first program and the present one
         self._overflow = None  # (file, line) of the present program's first
-        self._sees = ()  # programs whose stores are visible to the present one
-        self._arrived = {}  # (id of a Shadow, element) -> programs whose stores those who come see
-        self._stored_since_barrier = False
 
     @property
     def findings(self):
@@ -161,7 +156,6 @@ class Sanitizer:
             (InterpreterBuilder, "create_rsqrt", self._counted),
             (InterpreterBuilder, "create_fma", self._counted),
             (InterpreterBuilder, "create_dot", self._watched_dot),
-            (InterpreterBuilder, "create_barrier", self._watched_barrier),
             (interpreter.ReduceOps, "apply_impl", self._watched_reduce),
         ):
             method = watch(getattr(owner, name))
@@ -232,12 +226,10 @@ class Sanitizer:
                 self.launches.append(Launch(name, grid))
                 interpreter.interpreter_builder.set_grid_dim(*grid)
                 self._begun = self._program + 1
-                self._arrived = {}
                 with options:
                     for index in self.programs(grid):
                         self._program += 1
                         self._overflow = None
-                        self._sees, self._stored_since_barrier = (), False
                         interpreter.interpreter_builder.set_grid_idx(*map(int, index))
                         executor.fn(**values)
             finally:
@@ -307,7 +299,7 @@ class Sanitizer:
         at = elements + argument.first
         if not (good := shadow.written[at]).all():
             self._found("unwritten", argument, f"loads {argument.place(elements[~good][0])}")
-        other = self._is_another(shadow.writer[at])
+        other = (shadow.writer[at] >= self._begun) & (shadow.writer[at] != self._program)
         if other.any():
             self._found(
                 "race", argument,
@@ -323,14 +315,15 @@ class Sanitizer:
         if (shadow := argument.shadow) is None:
             return
         at = elements + argument.first
-        read = self._is_another(shadow.first_reader[at])
-        read |= self._is_another(shadow.last_reader[at])
+        first, last = shadow.first_reader[at], shadow.last_reader[at]
+        read = (last >= self._begun) & ((first != self._program) | (last != self._program))
         if read.any():
             self._found(
                 "race", argument,
                 f"stores {argument.place(elements[read][0])}, which another program loads",
             )  # fmt: skip
-        twice = self._is_another(shadow.writer[at])
+        writer = shadow.writer[at]
+        twice = (writer >= self._begun) & (writer != self._program)
         if not atomic and twice.any():
             self._found(
                 "two writers", argument,
@@ -343,12 +336,6 @@ class Sanitizer:
             self._found("two writers", argument, what)
         shadow.writer[at] = self._program
         shadow.written[at] = True
-        self._stored_since_barrier = True
-
-    def _is_another(self, programs):
-        """Which of them, in an array, belong to this launch and are not ordered before this one."""
-        other = (programs >= self._begun) & (programs != self._program)
-        return other & ~np.isin(programs, self._sees) if len(self._sees) else other
 
     def _watched_load(self, original):
         def create_load(builder, ptr, *rest):
@@ -407,8 +394,7 @@ class Sanitizer:
         return self._store_really(builder, real, value, TensorHandle(good, tl.int1), *rest)
 
     def _watched_atomic(self, original):
-        """Programs may add to one element in turn; to load or store it otherwise is a race. With
-        acquire and release it orders them, see `race`."""
+        """Programs may add to one element in turn; to load or store it otherwise is a race."""
 
         def atomic(builder, *args):
             at, ptr = next((i, a) for i, a in enumerate(args) if isinstance(a, TensorHandle))
@@ -417,35 +403,12 @@ class Sanitizer:
             argument, elements, good = self._access(ptr.data, wanted, not masks, store=True)
             if argument is None:
                 return TensorHandle(np.zeros_like(args[at + 1].data), args[at + 1].dtype)
-            published = not self._stored_since_barrier
             self._stored(argument, elements, atomic=True)
-            if interpreter._ir.MEM_SEMANTIC.ACQUIRE_RELEASE in args and len(elements) == 1:
-                self._arrive(argument, int(elements[0]), published)
-            if argument.tensor.is_meta:
-                return TensorHandle(np.zeros_like(args[at + 1].data), args[at + 1].dtype)
             args = [TensorHandle(good, tl.int1) if masks and a is masks[0] else a for a in args]
             args[at] = TensorHandle(self._real(argument, ptr.data), ptr.dtype)
             return original(builder, *args)
 
         return atomic
-
-    def _arrive(self, argument, element, published):
-        """What the present program stores from here on, those who came before do not see: it goes
-        on under a new number, which sees the old one."""
-        key = id(argument.shadow), element
-        before = self._arrived.setdefault(key, set())
-        seen = {*self._sees, self._program}
-        self._sees = np.array(sorted(seen | before))
-        if published:
-            before |= seen
-        self._program += 1
-
-    def _watched_barrier(self, original):
-        def create_barrier(builder, *args):
-            self._stored_since_barrier = False
-            return original(builder, *args)
-
-        return create_barrier
 
     def _real(self, argument, pointers):
         return pointers - np.uint64(argument.base) + np.uint64(argument.real)

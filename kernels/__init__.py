@@ -20,13 +20,11 @@ else:
     from .layer_norm import layer_norm
     from .linear import SPEC as LINEAR
     from .linear import linear
-    from .linear_layer_norm import SPEC as LINEAR_LAYER_NORM
-    from .linear_layer_norm import linear_layer_norm
     from .packing import PACK, UNPACK, Packing, pack, unpack
 
-    SPECS = (ATTENTION, LAYER_NORM, GELU, LINEAR, LINEAR_LAYER_NORM, EMBEDDING, PACK, UNPACK)
+    SPECS = (ATTENTION, LAYER_NORM, GELU, LINEAR, EMBEDDING, PACK, UNPACK)
 
 __all__ = [
     "SPECS", "Packing", "attention", "backend", "embedding", "gelu", "layer_norm", "linear",
-    "linear_layer_norm", "missing", "pack", "unpack",
+    "missing", "pack", "unpack",
 ]

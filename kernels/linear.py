@@ -65,29 +65,6 @@ def _accumulate(
 
 
 @triton.jit
-def tile_product(
-    x_ptr, weight_ptr, stride_xt, stride_wn,
-    start_m, start_n,
-    rows, N, K,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """x W^T in fp32, of the tile that starts at (start_m, start_n)."""
-    # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
-    rows_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
-    rows_n = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-    x_ptrs = x_ptr + rows_m[:, None] * stride_xt
-    weight_ptrs = weight_ptr + rows_n[None, :] * stride_wn
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    full = K // BLOCK_K * BLOCK_K
-    for start_k in range(0, full, BLOCK_K):
-        acc = _accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
-    if full < K:
-        acc = _accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
-    return acc
-
-
-@triton.jit
 def _finish(
     y,  # [BLOCK_M, BLOCK_N]: x W^T in fp32
     bias_ptr, residual_ptr, y_ptr, stride_rt,
@@ -113,29 +90,6 @@ def _finish(
 
 
 @triton.jit
-def finish_tile(
-    acc,  # [BLOCK_M, BLOCK_N]: x W^T in fp32
-    bias_ptr, residual_ptr, y_ptr, stride_rt,
-    start_m, start_n,
-    rows, N,
-    ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):
-    """All that follows the product, of the tile that starts at (start_m, start_n)."""
-    # In halves: all of residual at once would take the registers of a second program beside this.
-    HALF_N: tl.constexpr = BLOCK_N // 2
-    left, right = acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
-    _finish(
-        left, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n, rows, N, ACT, BLOCK_M, HALF_N,
-    )
-    _finish(
-        right, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n + HALF_N, rows, N, ACT, BLOCK_M, HALF_N,
-    )
-
-
-@triton.jit
 def _forward_kernel(
     x_ptr,  # [T, K]
     weight_ptr,  # [N, K]
@@ -155,18 +109,36 @@ def _forward_kernel(
     pid = tl.program_id(0)
     start_m = pid // blocks_n * BLOCK_M
     start_n = pid % blocks_n * BLOCK_N
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = T
     if num_tokens_ptr is not None:
         rows = tl.load(num_tokens_ptr)
         if start_m >= rows:
             return
-    acc = tile_product(
-        x_ptr, weight_ptr, stride_xt, stride_wn,
-        start_m, start_n, rows, N, K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+
+    # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
+    rows_m = tl.minimum(offs_m, rows - 1).to(tl.int64)
+    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    x_ptrs = x_ptr + rows_m[:, None] * stride_xt
+    weight_ptrs = weight_ptr + rows_n[None, :] * stride_wn
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    full = K // BLOCK_K * BLOCK_K
+    for start_k in range(0, full, BLOCK_K):
+        acc = _accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
+    if full < K:
+        acc = _accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
+
+    # In halves: all of residual at once would take the registers of a second program beside this.
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    left, right = acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
+    _finish(
+        left, bias_ptr, residual_ptr, y_ptr, stride_rt,
+        start_m, start_n, rows, N, ACT, BLOCK_M, HALF_N,
     )
-    finish_tile(
-        acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N,
+    _finish(
+        right, bias_ptr, residual_ptr, y_ptr, stride_rt,
+        start_m, start_n + HALF_N, rows, N, ACT, BLOCK_M, HALF_N,
     )
 
 
@@ -191,7 +163,7 @@ def _forms(arch, itemsize):
     return (first, (64, 64, 4, 4), (64, 32, 4, 5), (64, 16, 4, 6))
 
 
-def tile_config(T, N, K, itemsize, arch):
+def _config(T, N, K, itemsize, arch):
     """The largest tiles of which there are enough, or the smallest; or what was measured."""
     forms = _forms(arch, itemsize)
     enough = (f for f in forms if ceil_div(T, f[0]) * ceil_div(N, f[1]) >= ENOUGH)
@@ -210,7 +182,7 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     weight, stride_wn = launch.rows(weight)
     residual, stride_rt = launch.rows(residual)
     (T, K), N = x.shape, weight.shape[0]
-    config = tile_config(T, N, K, x.itemsize, launch.arch())
+    config = _config(T, N, K, x.itemsize, launch.arch())
     # The error of 16 bits' own form is less than rounding; next to a residual that cancels, more.
     form = act_of(x.dtype) if residual is None else gelu_erf
     programs = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])

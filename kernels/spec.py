@@ -21,7 +21,6 @@ class Spec:
     traps: tuple[Mapping, ...] = ()  # keywords that end a launch in a device-side assertion
     packed: tuple[str, ...] = ()  # inputs with a row for each token: past num_tokens never read
     rounds_inside: bool = False  # judged against the definition in the same dtype, not in fp32
-    overflows_inside: bool = False  # may have no number where the definition in the dtype has none
     rounds_backward: bool = False  # gradients are products of rounded numbers: the same, and an ulp
 
     @property

@@ -1,7 +1,5 @@
 """The compile report: what ships keeps its budgets, and each budget can be broken."""
 
-import dataclasses
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -57,24 +55,6 @@ def test_every_op_with_a_kernel_has_a_spec():
     assert kernels_without_spec([s for s in SPECS if s.name != "gelu"]) == ["gelu"]
 
 
-@pytest.mark.parametrize("T", [16384, 128])
-def test_product_and_layer_norm_in_one_launch(T, monkeypatch):
-    """Within the budgets; and the stores of all threads come before the count of one, which comes
-    before all loads of what others stored."""
-    file = importlib.import_module("bert_fast.kernels.linear_layer_norm")
-    spec, case = file.SPEC, {"T": T, "K": 768, "N": 768}
-    monkeypatch.setattr(file, "_launches", lambda *_: 1)
-    for row in aot.rows(dataclasses.replace(spec, bench=(case,)), GATED, ["bfloat16", "float32"]):
-        assert not row["over"], (row["arch"], row["dtype"], row["over"])
-    (launched,) = compile_all(spec, case, torch.bfloat16, ["sm_90"])["sm_90"]
-    ptx = launched.kernel.asm["ptx"]
-    first, count, last = ptx.partition("atom.global.gpu.acq_rel.add.u32")
-    assert count
-    assert first.rindex("bar.sync") > first.rindex("st.global")
-    assert last.index("bar.sync") < last.index("ld.global") < last.index("st.global")
-    assert "ld.global.nc" not in last
-
-
 # -- a forward ------------------------------------------------------------------------------
 def test_the_layer_that_is_predicted_is_the_one_that_runs(monkeypatch):
     """The same ops in the same order, of the same sizes."""
@@ -85,20 +65,24 @@ def test_the_layer_that_is_predicted_is_the_one_that_runs(monkeypatch):
         fn = getattr(encoder.ops, name)
 
         def call(*args, **kwargs):
-            called.append((name, case_of(*args)))
+            called.append((name, case_of(*args, **kwargs)))
             return fn(*args, **kwargs)
 
         monkeypatch.setattr(encoder.ops, name, call)
 
-    def of_product(x, weight, bias, activation=None, *_):
-        gelu = {"gelu": True} if activation == "gelu" else {}
-        return {"T": len(x), "K": x.shape[1], "N": len(weight), **gelu}
+    def of_product(x, weight, bias, activation, residual, **_):
+        case = {"T": len(x), "K": x.shape[1], "N": len(weight)}
+        case |= {"gelu": True} if activation == "gelu" else {}
+        return case | ({"residual": True} if residual is not None else {})
 
-    def of_attention(q, k, v, cu_seqlens, *_):
+    def of_attention(q, k, v, cu_seqlens, *_, **__):
         return {"lengths": tuple(cu_seqlens.diff().tolist()), "heads": q.shape[1], "D": q.shape[2]}
 
+    def of_layer_norm(x, weight, bias, **_):
+        return {"shape": tuple(x.shape), "residual": False}
+
     record("linear", of_product)
-    record("linear_layer_norm", of_product)
+    record("layer_norm", of_layer_norm)
     record("attention", of_attention)
     sizes = {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": 4 * hidden}
     model = bert_fast.accelerate(stock_model(**sizes))
@@ -113,14 +97,15 @@ def test_a_forward_is_its_layers_and_what_comes_once(monkeypatch):
     monkeypatch.setattr(forward, "seconds", lambda *args: asked.append(args[:2]) or 1e-5)
     base = next(w for w in forward.WORKLOADS if (w.model, w.S) == ("base", 128))
     found = forward.predict(base)
-    assert found["forward"] == pytest.approx((12 * 5 + 3) * 1e-5)
+    assert found["forward"] == pytest.approx((12 * 7 + 3) * 1e-5)
     flops = base.B * 128 * (169.9e6 + 0.0369e6 * 128)  # of a token, as published
     ceiling = GPUS["H200"].tensor * roofline.PRODUCT
-    assert found["share"] == pytest.approx(flops / 63e-5 / ceiling, rel=1e-3)
+    assert found["share"] == pytest.approx(flops / 87e-5 / ceiling, rel=1e-3)
     known = {spec.name: spec for spec in SPECS}
     for op, case in asked:
         if op != "attention":  # its inputs are large
-            case = {k: 2 if k in ("T", "B", "K", "N") else v for k, v in case.items()}
+            small = {"T": 2, "B": 2, "K": 2, "N": 2, "shape": (2, 2)}
+            case = {k: small.get(k, v) for k, v in case.items()}
             known[op].inputs(torch.float16, "cpu", **case)
 
 

@@ -62,7 +62,7 @@ def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
     monkeypatch.setattr(file, "ENOUGH", 128)
 
     def form(T, N, arch=90):
-        config = file.tile_config(T, N, 768, 2, arch)
+        config = file._config(T, N, 768, 2, arch)
         return config["BLOCK_M"], config["BLOCK_N"]
 
     assert form(16384, 768) == (128, 128)
