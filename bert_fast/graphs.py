@@ -9,11 +9,12 @@ Which calls     on a GPU, without gradients or autocast, of an encoder that does
                 mask [B, S] or none, for the usual outputs, in a bucket of MAX_TOKENS positions at
                 most. Others run as without graphs.
 When recorded   at a bucket's second call; the first compiles what runs
-When dropped    LIMIT are kept, and the least recently used goes. All go where weights are elsewhere
-                than they were or a number in the recording (eps, scaling) has changed, which is
-                seen at the next call; where memory runs out; by `.to()` and restore().
+When dropped    LIMIT are kept, of KEPT positions in all; the least recently used goes. All go where
+                weights are elsewhere than they were or a number in the recording (eps, scaling) has
+                changed, which is seen at the next call; where memory runs out; by `.to()` and
+                restore().
 Memory          one pool for the graphs of a model: what the largest bucket needs for a forward, and
-                for each graph its output, of MAX_TOKENS rows at most
+                for each graph its output, of KEPT rows in all at most
 """
 
 import collections
@@ -28,9 +29,10 @@ import torch
 from .coverage import asked, decodes
 from .inputs import Inputs, room
 
-MAX_TOKENS = 8192  # positions; with more, the GPU works longer than the CPU launches
+MAX_TOKENS = 2**15  # positions; with more, the GPU works longer than the CPU launches
 LIMIT = 16  # graphs of a model
-NAME = "_bert_fast_cuda_graphs"  # of the mark on an encoder for which they are turned on
+KEPT = 2**17  # positions of all graphs of a model
+NAME = "_bert_fast_no_cuda_graphs"  # of the mark on an encoder for which they are turned off
 
 logger = logging.getLogger("bert_fast")
 
@@ -48,9 +50,9 @@ class Bucket(NamedTuple):
 def bucket_of(model, inputs, kwargs):
     """The Bucket of a call, or None where a graph cannot serve it."""
     x = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x is None or x.ndim < 2:
+    if torch.is_grad_enabled() or x is None or x.ndim < 2:
         return None
-    if not _has_graphs(x.device) or torch.is_autocast_enabled(x.device.type):
+    if not there_are(x.device) or torch.is_autocast_enabled(x.device.type):
         return None
     if decodes(model) or asked(model, kwargs, "output_hidden_states"):
         return None
@@ -114,7 +116,7 @@ class _Graph:
 
 
 # The next four are all that is CUDA's own.
-def _has_graphs(device):
+def there_are(device):
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
@@ -226,7 +228,7 @@ class Graphs:
                 self.drop(f"{type(error).__name__} while recording, {error}")
                 return None
             self._graphs[bucket] = graph
-            if self.count > LIMIT:
+            while self.count > LIMIT or sum(b.B * b.S for b in self._graphs) > KEPT:
                 self._graphs.popitem(last=False)
             return last
 
@@ -250,18 +252,22 @@ _of_models = weakref.WeakKeyDictionary()
 
 def turn(model, on):
     """Turn graphs on or off for an encoder; whether that changes anything."""
-    if on == (NAME in model.__dict__):
+    if on == (NAME not in model.__dict__):
         return False
-    if on:
+    forget(model)
+    if not on:
         model.__dict__[NAME] = True
-    else:
-        del model.__dict__[NAME]
-        _of_models.pop(model, None)
     return True
 
 
+def forget(model):
+    """As of an encoder that nobody has turned them off for, and that has none."""
+    model.__dict__.pop(NAME, None)
+    _of_models.pop(model, None)
+
+
 def graphs_of(model):
-    """The Graphs of an encoder, or None where they are not turned on."""
-    if NAME not in model.__dict__:
+    """The Graphs of an encoder, or None where they are turned off, or torch.compile traces it."""
+    if torch.compiler.is_compiling() or NAME in model.__dict__:
         return None
     return _of_models.get(model) or _of_models.setdefault(model, Graphs())

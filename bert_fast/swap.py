@@ -18,13 +18,13 @@ from .modeling import STOCK, calls_of, logger, put_on
 ENCODERS = {fast: stock for fast, stock in STOCK.items() if hasattr(fast, "architecture")}
 
 
-def accelerate(model, cuda_graphs=False, frozen=False):
+def accelerate(model, cuda_graphs=True, frozen=False):
     """Put the kernels into every transformers.BertModel inside `model`, in place, and likewise into
     RobertaModel, XLMRobertaModel, CamembertModel, ElectraModel and DistilBertModel.
 
     model        any torch.nn.Module: a BertModel, a BERT with a head, a SentenceTransformer, ...
-    cuda_graphs  whether short forwards on a GPU are recorded and replayed, as graphs.py says: for
-                 small batches, whose kernels take longer to launch than to run
+    cuda_graphs  whether forwards on a GPU are recorded and replayed where their kernels take longer
+                 to launch than to run, as graphs.py says; what they take is memory
     frozen       whether the weights will not be written to any more: on a CPU products then run on
                  a copy of them, which is faster for short inputs, as frozen.py says
 
@@ -70,7 +70,7 @@ def restore(model):
         if type(module) in ENCODERS:
             split_storage(module)
             module.__dict__.pop("_bert_fast_calls", None)
-            graphs.turn(module, False)
+            graphs.forget(module)
             frozen_weights.turn(module, False)
         module.__class__ = STOCK[type(module)]
     return model
@@ -96,7 +96,7 @@ class Swapped:
     fast_calls: int
     stock_calls: dict[str, int]  # by reason
     frozen: bool  # whether accelerate was told that the weights are
-    cuda_graphs: int | None  # how many are recorded now; None where they are not turned on
+    cuda_graphs: int | None  # how many are recorded now; None where turned off, or no GPU is
     cuda_graphs_off: str | None  # why no more are recorded
 
 
@@ -159,7 +159,8 @@ def report(model):
         if isinstance(module, tuple(ENCODERS)):
             weight = at(module, module.architecture.embeddings.word).weight
             reason = reason_of_model(module)
-            calls, held = calls_of(module), graphs.graphs_of(module)
+            calls = calls_of(module)
+            held = graphs.graphs_of(module) if graphs.there_are(weight.device) else None
             swapped.append(
                 Swapped(
                     path=path,

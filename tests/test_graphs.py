@@ -58,7 +58,7 @@ def record_steps(forward, pool, device):
 @pytest.fixture(autouse=True)
 def a_stand_in(monkeypatch):
     if not GPU:
-        monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
+        monkeypatch.setattr(graphs, "there_are", lambda device: True)
         monkeypatch.setattr(graphs, "_new_pool", object)
         monkeypatch.setattr(graphs, "_record", record_steps)
         monkeypatch.setattr(encoder, "_stays_on_device", lambda device: True)
@@ -67,12 +67,12 @@ def a_stand_in(monkeypatch):
 
 def pair(name="BertModel", **changes):
     """A model without graphs, and the same with."""
-    plain = bert_fast.accelerate(stock_model(name, device=DEVICE, **changes))
-    return plain, bert_fast.accelerate(copy.deepcopy(plain), cuda_graphs=True)
+    plain = bert_fast.accelerate(stock_model(name, device=DEVICE, **changes), cuda_graphs=False)
+    return plain, bert_fast.accelerate(copy.deepcopy(plain))
 
 
 def encoder_of(model):
-    return next(m for m in model.modules() if graphs_of(m) is not None)
+    return next(m for m in model.modules() if hasattr(m, "architecture"))
 
 
 def count(model):
@@ -129,8 +129,9 @@ def test_every_input_is_copied_in():
     assert count(model) == 4
 
 
-def test_a_graph_is_recorded_at_the_second_call_and_the_oldest_goes(monkeypatch):
-    monkeypatch.setattr(graphs, "LIMIT", 2)
+@pytest.mark.parametrize("name, limit", [("LIMIT", 2), ("KEPT", 250)])  # buckets of 40, 80, 160
+def test_a_graph_is_recorded_at_the_second_call_and_the_oldest_goes(name, limit, monkeypatch):
+    monkeypatch.setattr(graphs, name, limit)
     _, model = pair()
     at = {}
     with torch.no_grad():
@@ -256,15 +257,17 @@ def test_calls_without_a_bucket():
         assert bucket_of(model, given._replace(token_type_ids=ids[:2]), {}) is None
         assert bucket_of(model, Inputs(input_ids=ids[:0]), {}) is None
         assert bucket_of(model, Inputs(input_ids=ids[:, :0]), {}) is None
-        assert bucket_of(model, Inputs(input_ids=ids.new_zeros(8, 1024)), {})[:2] == (8, 1024)
-        assert bucket_of(model, Inputs(input_ids=ids.new_zeros(8, 1025)), {}) is None
+        most = graphs.MAX_TOKENS // 8
+        assert bucket_of(model, Inputs(input_ids=ids.new_zeros(8, most)), {})[:2] == (8, most)
+        assert bucket_of(model, Inputs(input_ids=ids.new_zeros(8, most + 1)), {}) is None
         with torch.autocast(DEVICE, torch.bfloat16):
             assert bucket_of(model, given, {}) is None
-        decoder = bert_fast.accelerate(stock_model(is_decoder=True), cuda_graphs=True)
+        decoder = bert_fast.accelerate(stock_model(is_decoder=True))
         assert bucket_of(decoder, given, {}) is None
     assert bucket_of(model, given, {}) is None  # with gradients
 
 
+@pytest.mark.usefixtures("poisoned")  # where gradients are added up in an order that does not vary
 def test_gradients_are_as_without():
     plain, model = pair()
     with torch.no_grad():
@@ -382,14 +385,22 @@ def test_to_another_place_frees_them():
 
 def test_accelerate_turns_them_on_and_off(caplog):
     model = bert_fast.accelerate(stock_model(device=DEVICE))
+    assert bert_fast.report(model).swapped[0].cuda_graphs == 0
+    assert bert_fast.accelerate(model, cuda_graphs=False) is model
     assert graphs_of(model) is None
     assert bert_fast.report(model).swapped[0].cuda_graphs is None
-    assert bert_fast.accelerate(model, cuda_graphs=True) is model
-    assert bert_fast.report(model).swapped[0].cuda_graphs == 0
     bert_fast.accelerate(model)
-    assert graphs_of(model) is None and "already" not in caplog.text
+    assert graphs_of(model) is not None and "already" not in caplog.text
     bert_fast.accelerate(model)
     assert "already accelerated" in caplog.text
+
+
+def test_a_class_that_is_loaded_has_them(tmp_path):
+    stock_model(device=DEVICE).save_pretrained(tmp_path)
+    model = bert_fast.BertModel.from_pretrained(tmp_path).to(DEVICE)
+    with torch.no_grad():
+        model(**inputs_of()), model(**inputs_of())
+    assert count(model) == 1
 
 
 @pytest.mark.skipif(not GPU, reason="only a GPU has streams")
