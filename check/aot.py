@@ -11,7 +11,7 @@ shared      fits what one program can have; on every architecture, the next on t
 spills      none in a hot loop; elsewhere they are reported
 tensor      an instruction of the tensor cores, where the kernel has a tl.dot. Exact products of
             fp32 need none on NVIDIA, whose tensor cores have no such thing; AMD's have.
-accesses    of the bytes that the global accesses in the code move, 90 % go 128 bits a thread at a
+accesses    of the bytes that a launch's global accesses move, 90 % go 128 bits a thread at a
             time. Loads of one value (an id, a length) do not count. Stores from 64 bits on pass
             on AMD after a tl.dot: four neighbours lie in a thread of its matrix cores, and the
             backend prefers such stores to a trip through shared memory. A launch that moves less
@@ -37,7 +37,7 @@ import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from roofline import COPY, GPUS, LAUNCH, PRODUCT, TARGETS, analyse, predict, tool
+from roofline import COPY, GPUS, LAUNCH, PRODUCT, TARGETS, analyse, predict, tool, trips_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast import kernels
@@ -174,6 +174,8 @@ def _shares(launches, resources):
 
 
 def launch_row(labels, arch, resources, programs, flops, moved):
+    target = TARGETS[arch]
+    accesses = accesses_of(resources, trips_of(resources, programs, flops, moved))
     row = {
         **labels,
         "arch": arch,
@@ -181,23 +183,33 @@ def launch_row(labels, arch, resources, programs, flops, moved):
         "flops": flops,
         "bytes": moved,
         **asdict(resources),
-        "shared_limit": TARGETS[arch].shared,
+        **accesses,
+        "wide": _wide(**accesses, matrix_cores=resources.dots and not target.nvidia),
+        "shared_limit": target.shared,
         "predicted": {
             name: predict(resources, gpu, programs, flops, moved)
             for name, gpu in GPUS.items()
             if gpu.arch == arch
         },
     }
-    return row | {"wide": _wide(row), "over": budget(row)}
+    return row | {"over": budget(row)}
 
 
-def _wide(row):
+def accesses_of(resources, trips):
+    """{"loads" and "stores" of a thread: {bits: how many}}, when its hot loop runs so often."""
+    found = {}
+    for kind in ("loads", "stores"):
+        once, trip = resources.once[kind], resources.trip.get(kind, {})
+        found[kind] = {b: once[b] + round(trips * trip.get(b, 0)) for b in {*once, *trip}}
+    return found
+
+
+def _wide(loads, stores, matrix_cores):
     """The share of bytes in accesses as wide as the budget asks."""
-    matrix_cores = row["dots"] and not TARGETS[row["arch"]].nvidia
-    least = {"loads": 128, "stores": 64 if matrix_cores else 128}
-    counts = [(kind, bits, n) for kind in least for bits, n in row[kind].items()]
-    total = sum(bits * n for _, bits, n in counts)
-    return sum(bits * n for kind, bits, n in counts if bits >= least[kind]) / total if total else 1
+    least = 64 if matrix_cores else 128  # of stores
+    counts = [(b, n, 128) for b, n in loads.items()] + [(b, n, least) for b, n in stores.items()]
+    total = sum(bits * n for bits, n, _ in counts)
+    return sum(bits * n for bits, n, least in counts if bits >= least) / total if total else 1
 
 
 def budget(row):
@@ -212,11 +224,11 @@ def budget(row):
     impossible = {"f32"} if TARGETS[row["arch"]].nvidia else set()
     if not row["tensor"] and (dots := set(row["dots"]) - impossible):
         over.append(f"tensor cores: none for products of {', '.join(sorted(dots))}")
-    if row["bytes"] >= BULK and _wide(row) < 0.9:
+    if row["bytes"] >= BULK and row["wide"] < 0.9:
         told = ", ".join(
             f"{n} {kind} of {b} bits" for kind in ("loads", "stores") for b, n in row[kind].items()
         )
-        over.append(f"accesses: {_wide(row):.0%} of the bytes are 128 bits wide ({told})")
+        over.append(f"accesses: {row['wide']:.0%} of the bytes are 128 bits wide ({told})")
     return over
 
 

@@ -22,6 +22,8 @@ Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The ke
            tiled product: a program for each tile of y, its K loop pipelined by the compiler.
 """
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -101,6 +103,7 @@ def _forward_kernel(
     T, N, K,
     ACT: tl.constexpr,  # a function of z, or None
     PRECISION: tl.constexpr,
+    REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Program (m, n) takes tile (m, n) of y. Neighbours differ in n: a weight of BERT stays in L2,
@@ -126,7 +129,7 @@ def _forward_kernel(
     full = K // BLOCK_K * BLOCK_K
     for start_k in range(0, full, BLOCK_K):
         acc = _accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
-    if full < K:
+    if REST:
         acc = _accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
 
     # In halves: all of residual at once would take the registers of a second program beside this.
@@ -143,31 +146,42 @@ def _forward_kernel(
 
 
 # -- launchers ------------------------------------------------------------------------------
-# Programs: about one for each multiprocessor. The interpreter is one and prefers large tiles.
-ENOUGH = 1 if launch.INTERPRET else 128
+# Multiprocessors: 132 of an H100 or H200, others about. The interpreter is one.
+MULTIPROCESSORS = 1 if launch.INTERPRET else 132
 
 
 def _forms(arch, itemsize):
-    """(BLOCK_M, BLOCK_N, warps, stages), large tiles first. None spills on sm_80, sm_90 or gfx942;
-    the first fills sm_90 with two programs of 8 warps, which hide each other's ends, and sm_80 with
-    three of 4. Not yet measured: `bench tune` looks among their neighbours.
+    """(BLOCK_M, BLOCK_N, warps, stages), small tiles first. None spills on sm_80, sm_90 or gfx942.
+
+    The last is for large batches. On sm_90 smaller tiles load more from L2 than it gives; sm_80 has
+    fewer products to feed, and three such programs on a multiprocessor hide each other's ends.
 
     64 rows at least: fewer take another instruction on sm_90, whose sums may round otherwise. For
     the same reason 32 columns on AMD.
     """
     if itemsize == 4:  # exact fp32 products run on no tensor core: each thread holds its operands
-        return ((64, 64, 4, 3), (64, 32, 4, 3))
+        return ((64, 32, 4, 3), (64, 64, 4, 3))
     if isinstance(arch, str):
-        return ((128, 128, 8, 2), (64, 64, 4, 2))
-    first = (128, 128, 8, 3) if 90 <= arch < 120 else (64, 128, 4, 3)
-    return (first, (64, 64, 4, 4), (64, 32, 4, 5), (64, 16, 4, 6))
+        return ((64, 64, 4, 2), (128, 128, 8, 2))
+    small = ((64, 16, 4, 6), (64, 32, 4, 5), (64, 64, 4, 4))
+    if 90 <= arch < 120:
+        return (*small, (128, 128, 8, 3), (128, 256, 8, 3))
+    return (*small, (64, 128, 4, 3))
 
 
 def _config(T, N, K, itemsize, arch):
-    """The largest tiles of which there are enough, or the smallest; or what was measured."""
-    forms = _forms(arch, itemsize)
-    enough = (f for f in forms if ceil_div(T, f[0]) * ceil_div(N, f[1]) >= ENOUGH)
-    BLOCK_M, BLOCK_N, warps, stages = next(enough, forms[-1])
+    """Tiles that leave the busiest multiprocessor the least to do; or what was measured."""
+    # Each row and column of a tile costs as much as so many of its products. Fitted to what `check
+    # aot` predicts for base and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
+    edge = 67 if itemsize == 2 and arch in range(90, 120) else 34
+
+    def work(form):
+        M, N_, warps, _ = form
+        share = ceil_div(T, M) * ceil_div(N, N_) / MULTIPROCESSORS
+        rounds = max(share, 1) if warps == 4 else math.ceil(share)  # of four warps several fit
+        return rounds * max(M * N_, edge * (M + N_))
+
+    BLOCK_M, BLOCK_N, warps, stages = min(_forms(arch, itemsize), key=work)
     config = {
         "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 128 // itemsize,
         "num_warps": warps, "num_stages": stages,
@@ -190,7 +204,8 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
         _forward_kernel[(programs,)](
             x, weight, None if bias is None else bias.contiguous(), residual, num_tokens, y,
             stride_xt, stride_wn, stride_rt, T, N, K,
-            ACT=form if activation else None, PRECISION=launch.precision(x), **config,
+            ACT=form if activation else None, PRECISION=launch.precision(x),
+            REST=K % config["BLOCK_K"] != 0, **config,
         )
 
 

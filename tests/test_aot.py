@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,15 +237,28 @@ def test_a_large_copy_is_predicted_at_the_bandwidth_and_a_small_one_at_the_launc
 
 def test_products_are_predicted_at_the_tensor_cores_and_ragged_waves_cost():
     row = row_of(_product, tiles(64, K=4096), "sm_90", BLOCK=64, num_warps=4)
-    resources = roofline.Resources(
-        **{f: row[f] for f in roofline.Resources.__dataclass_fields__}
-    )
+    resources = roofline.Resources(**{f: row[f] for f in roofline.Resources.__dataclass_fields__})
     gpu = GPUS["H100"]
     flops = 2 * 64 * 64 * 4096
     whole = predict(resources, gpu, 132, 132 * flops, 1000)
     more = predict(resources, gpu, 133, 133 * flops, 1000)
     assert whole["tensor"] == pytest.approx(132 * flops / (gpu.tensor * roofline.PRODUCT))
     assert more["tensor"] == pytest.approx(2 * whole["tensor"])
+
+
+@pytest.mark.parametrize("stages", [3, 6])
+def test_tiles_come_from_l2_each_once_however_far_ahead_they_are_loaded(stages):
+    K = 160
+    row = row_of(_product, tiles(64, K=K), "sm_90", BLOCK=64, num_warps=4, num_stages=stages)
+    resources = roofline.Resources(**{f: row[f] for f in roofline.Resources.__dataclass_fields__})
+    gpu = GPUS["H100"]
+    predicted = predict(resources, gpu, 1320, 1320 * 2 * 64 * 64 * K, 1000)
+    moved = 1320 * (2 * 64 * K * 2 + 64 * 64 * 4)  # two operands in 16 bits, a result in 32
+    rate = gpu.l2 * gpu.clock * roofline.COPY
+    assert predicted["L2"] == pytest.approx(moved / rate, rel=0.05)
+    slow = predict(resources, replace(gpu, l2=64), 1320, 1320 * 2 * 64 * 64 * K, 1000)
+    assert slow["bound"] == "L2"
+    assert slow["seconds"] == pytest.approx(roofline.LAUNCH + predicted["L2"] * gpu.l2 / 64)
 
 
 # -- what was measured ----------------------------------------------------------------------

@@ -59,19 +59,23 @@ def test_every_form_takes_the_same_instruction(itemsize, arch):
 
 
 def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
-    monkeypatch.setattr(file, "ENOUGH", 128)
+    monkeypatch.setattr(file, "MULTIPROCESSORS", 132)
 
-    def form(T, N, arch=90):
-        config = file._config(T, N, 768, 2, arch)
+    def form(T, N, arch=90, itemsize=2):
+        config = file._config(T, N, 768, itemsize, arch)
         return config["BLOCK_M"], config["BLOCK_N"]
 
-    assert form(16384, 768) == (128, 128)
+    assert form(16384, 768) == (128, 256)
+    assert form(8192, 768) == (128, 128)  # 192 of 128 x 256 would leave a third idle
     assert form(16384, 768, arch=80) == (64, 128)
     assert form(16384, 768, arch=120) == (64, 128)  # has less shared memory
-    assert form(128, 3072) == (64, 32)
+    assert form(512, 768) == (64, 64)
+    assert form(128, 3072) == (64, 64)
     assert form(128, 768) == (64, 16)
     assert form(1, 1) == (64, 16)
     assert form(1, 1, arch="gfx942") == (64, 64)
+    assert form(16384, 768, itemsize=4) == (64, 64)
+    assert form(128, 768, itemsize=4) == (64, 32)
 
 
 # -- oneDNN --------------------------------------------------------------------------------
