@@ -3,15 +3,23 @@
 From its default each configuration is changed in one number at a time: tiles and warps doubled or
 halved, stages one more or less; the best becomes the next start, until nothing gains. A candidate
 is checked against the definition before it is timed: what is wrong, or does not compile, is no
-choice. One configuration serves all benchmark cases with its key, in every batch: where the key
-says how many rows there are, what gives other bits than the default is no choice either.
+choice. What may come next is compiled meanwhile by other processes, into Triton's cache.
+
+One configuration serves all benchmark cases with its key, in every batch: where the key says how
+many rows there are, what gives other bits than the default is no choice either.
 """
 
+import functools
 import json
 import math
+import os
 import sys
 import time
 from collections import defaultdict
+from concurrent import futures
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
@@ -28,6 +36,8 @@ from bert_fast.kernels import SPECS, launch
 GAIN = 0.98  # of the time that is needed to be chosen: a change within the noise is none
 TABLES = Path(__file__).resolve().parents[1] / "kernels" / "tuned"
 CASES = 3  # that a configuration is timed on
+PATIENCE = 5.0  # seconds
+PROCESSES = os.cpu_count() - 1  # that compile
 
 
 # -- what there is to tune ------------------------------------------------------------------
@@ -66,12 +76,69 @@ def neighbours(config, fixed):
         yield from ({**config, name: v} for v in steps if 1 <= v <= limit)
 
 
+# -- compiling ahead ------------------------------------------------------------------------
+class Ahead:
+    """Candidates that other processes compile, into the cache on disk that Triton reads.
+
+    What fails there fails again where it is launched, and is reported from there.
+    """
+
+    def __init__(self, device, processes, pool=ProcessPoolExecutor):
+        self.device, self.asked = device, {}
+        self.pool = pool(processes, mp_context=get_context("spawn")) if processes else None
+
+    def ask(self, wanted, where, dtype, configs):
+        """Compile configs of an (op, key) for each (spec, case)."""
+        for config in configs:
+            key = wanted, *config.values()
+            if self.pool is None or key in self.asked:
+                continue
+            try:
+                self.asked[key] = [
+                    self.pool.submit(
+                        compile_only, spec.name, case, dtype, self.device, wanted, config
+                    )
+                    for spec, case in where
+                ]
+            except BrokenProcessPool:  # the compiler took a process down
+                self.pool = None
+
+    def wait(self, wanted, config):
+        """Until this one is compiled, or PATIENCE is over: then whoever launches it compiles it."""
+        futures.wait(self.asked.get((wanted, *config.values()), ()), PATIENCE)
+
+    def close(self):
+        if self.pool:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def compile_only(name, case, dtype, device, wanted, config):
+    """Compile what the op of this name launches with config for wanted, an (op, key)."""
+    import triton
+
+    run = triton.JITFunction.run
+
+    def warm_up(self, *args, warmup, **kwargs):
+        return run(self, *args, warmup=True, **kwargs)
+
+    fn, inputs = _call_of(name, tuple(case.items()), dtype, device)
+    with given(config, wanted), patch.object(triton.JITFunction, "run", warm_up), torch.no_grad():
+        fn(**inputs)
+
+
+@functools.lru_cache(1)
+def _call_of(name, case, dtype, device):
+    (spec,) = (s for s in SPECS if s.name == name)
+    return spec.fn, spec.inputs(dtype, device, **dict(case))
+
+
 # -- the search -----------------------------------------------------------------------------
-def climb(default, fixed, time_of, deadline, clock=time.monotonic):
+def climb(default, fixed, time_of, deadline, clock=time.monotonic, ahead=lambda configs: None):
     """The fastest configuration on the way up from default, and a record of each that was tried.
 
     time_of(config)  seconds; raises ValueError for a wrong result and Skip where it cannot run
     deadline         in seconds of clock(), after which nothing more is tried
+    ahead(configs)   told what will be tried
 
     Returns (config, [{"config", "seconds", "status", "reason"}]).
     """
@@ -82,6 +149,7 @@ def climb(default, fixed, time_of, deadline, clock=time.monotonic):
     while climbing:
         climbing = False
         start = best
+        ahead(neighbours(start, fixed))
         for config in neighbours(start, fixed):
             if tuple(config.values()) in tried or clock() > deadline:
                 continue
@@ -116,11 +184,12 @@ def with_config(fn, inputs, config, wanted):
     return run
 
 
-def time_on(problems, wanted, clock, seconds):
+def time_on(problems, wanted, clock, seconds, ahead):
     """config -> the geometric mean of its times on problems, (fn, inputs, truth, limit) each."""
     of_first = []  # what the first configuration gives, where others must give the same
 
     def time_of(config):
+        ahead.wait(wanted, config)
         logs = []
         for n, (fn, inputs, truth, limit) in enumerate(problems):
             run = with_config(fn, inputs, config, wanted)
@@ -198,18 +267,32 @@ def problem(spec, case, dtype, device):
     return spec.fn, inputs, truth, ulp + 2 * error_of([rounded], [truth])["max"]
 
 
-def tune(results, clock, device, seconds, specs=SPECS, dtypes=(torch.bfloat16, torch.float32)):
-    """Tune until `seconds` are over, writing what was tried into results as it comes.
+def tune(
+    results, clock, device, seconds, specs=SPECS, dtypes=(torch.bfloat16, torch.float32),
+    processes=PROCESSES,
+):  # fmt: skip
+    """Tune until `seconds` are over, writing what was tried into results as it comes; on a GPU so
+    many processes compile ahead.
 
     Returns {op: {key: configuration}} of those that are faster than their default.
     """
-    chosen, tried, done = defaultdict(dict), [], set()
+    end = time.monotonic() + seconds
     todo = [
         (which, *group, dtype)
         for dtype in dtypes
         for which, group in groups(specs, dtype, device).items()
     ]
-    end = time.monotonic() + seconds
+    ahead = Ahead(device, processes if device.type == "cuda" else 0)
+    for which, default, fixed, where, dtype in todo:
+        ahead.ask(which, where[:CASES], dtype, (default, *neighbours(default, fixed)))
+    try:
+        return _tune(results, clock, device, end, todo, ahead)
+    finally:
+        ahead.close()
+
+
+def _tune(results, clock, device, end, todo, ahead):
+    chosen, tried, done = defaultdict(dict), [], set()
     for n, (which, default, fixed, where, dtype) in enumerate(todo):
         now = time.monotonic()
         if now > end or which in done:
@@ -218,8 +301,9 @@ def tune(results, clock, device, seconds, specs=SPECS, dtypes=(torch.bfloat16, t
         deadline = now + (end - now) / (len(todo) - n)  # an even part of what is left
         try:
             problems = [problem(spec, case, dtype, device) for spec, case in where[:CASES]]
-            time_of = time_on(problems, which, clock, 0.05)
-            best, record = climb(default, fixed, time_of, deadline)
+            time_of = time_on(problems, which, clock, 0.05, ahead)
+            ask = functools.partial(ahead.ask, which, where[:CASES], dtype)
+            best, record = climb(default, fixed, time_of, deadline, ahead=ask)
             if best != default and gain(problems, which, default, best, clock, 0.2) * GAIN < 1:
                 best = default
                 for entry in record:

@@ -9,6 +9,10 @@
 """
 
 from importlib.metadata import version
+from pathlib import Path
+
+if not Path(__file__).with_name("kernels").exists():  # in a checkout it is beside this folder
+    __path__.append(str(Path(__file__).resolve().parents[1]))
 
 from . import attention_interface, auto, modeling
 from .answer import answer

@@ -93,7 +93,12 @@ def _attend(
     p = tl.exp2(s - m_finite[:, None])
     rescale = tl.exp2(m - m_finite)
     l = l * rescale + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    if v.dtype == tl.float32:
+        # One chain over all keys would err several times as far as a sum of sums. fma, as Triton
+        # makes one chain of a dot and an addition.
+        acc = tl.fma(acc, rescale[:, None], tl.dot(p, v, input_precision=PRECISION))
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, m_new, l
 
 

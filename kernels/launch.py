@@ -277,9 +277,10 @@ def rows(t):
     """
     if t is None:
         return None, 0
-    t = t.reshape(-1, t.shape[-1])
-    t = t if t.stride(1) == 1 else t.contiguous()
-    return t, t.stride(0)
+    if t.ndim != 2:
+        t = t.reshape(-1, t.shape[-1])
+    stride, unit = t.stride()
+    return (t, stride) if unit == 1 else (t.contiguous(), t.shape[1])
 
 
 def arch():

@@ -22,6 +22,7 @@ Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The ke
            tiled product: a program for each tile of y, its K loop pipelined by the compiler.
 """
 
+import functools
 import math
 
 import torch
@@ -146,8 +147,7 @@ def _forward_kernel(
 
 
 # -- launchers ------------------------------------------------------------------------------
-# Multiprocessors: 132 of an H100 or H200, others about. The interpreter is one.
-MULTIPROCESSORS = 1 if launch.INTERPRET else 132
+MULTIPROCESSORS = 132  # of an H100 or H200; about those of others
 
 
 def _forms(arch, itemsize):
@@ -169,8 +169,13 @@ def _forms(arch, itemsize):
     return (*small, (64, 128, 4, 3))
 
 
-def _config(T, N, K, itemsize, arch):
-    """Tiles that leave the busiest multiprocessor the least to do; or what was measured."""
+@functools.lru_cache(1024)  # a launch comes here
+def _tile(T, N, itemsize, arch):
+    """The form that leaves the busiest multiprocessor the least to do; in the interpreter, which
+    pays for programs, the largest."""
+    forms = _forms(arch, itemsize)
+    if launch.INTERPRET:
+        return forms[-1]
     # Each row and column of a tile costs as much as so many of its products. Fitted to what `check
     # aot` predicts for base and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
     edge = 67 if itemsize == 2 and arch in range(90, 120) else 34
@@ -181,7 +186,12 @@ def _config(T, N, K, itemsize, arch):
         rounds = max(share, 1) if warps == 4 else math.ceil(share)  # of four warps several fit
         return rounds * max(M * N_, edge * (M + N_))
 
-    BLOCK_M, BLOCK_N, warps, stages = min(_forms(arch, itemsize), key=work)
+    return min(forms, key=work)
+
+
+def _config(T, N, K, itemsize, arch):
+    """The tile, or what was measured."""
+    BLOCK_M, BLOCK_N, warps, stages = _tile(T, N, itemsize, arch)
     config = {
         "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 128 // itemsize,
         "num_warps": warps, "num_stages": stages,

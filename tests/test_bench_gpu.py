@@ -7,8 +7,11 @@ import os
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ import sensors
 import tune
 
 from bert_fast.kernels import SPECS, launch
+from bert_fast.kernels.launch import HAS_TRITON, INTERPRET
 
 KNOWN = {
     "type": "cuda", "name": "NVIDIA Toy", "backend": "triton", "cores": 2, "threads": 2,
@@ -380,6 +384,61 @@ def test_fixed_numbers_and_time_bound_the_climb():
     ticks = itertools.count()
     _, record = tune.climb(DEFAULT, (), lambda c: 1.0, deadline=2, clock=lambda: next(ticks))
     assert len(record) == 4  # the default, and three that began in time
+
+
+@pytest.mark.skipif(INTERPRET or not HAS_TRITON, reason="nothing is compiled")
+def test_what_is_compiled_ahead_is_in_the_cache_and_was_not_launched(tmp_path, monkeypatch):
+    """The same kernel is not compiled again, another configuration is."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
+    import aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (spec,) = (s for s in tune.SPECS if s.name == "linear")
+    case, cpu = {"T": 256, "K": 64, "N": 64}, torch.device("cpu")
+    (wanted,) = tune.asked(lambda: aot.compile_all(spec, case, torch.float16, ["sm_90"]))
+    config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    driver = aot.Driver(aot.TARGETS["sm_90"].triton)
+
+    def compiled():
+        return len(list(tmp_path.rglob("*.cubin")))
+
+    with mock.patch.object(aot.triton.runtime.driver, "_active", driver), aot.OnKernels():
+        start = compiled()
+        tune.compile_only("linear", case, torch.float16, cpu, wanted, config)
+        assert compiled() == start + 1
+        tune.compile_only("linear", case, torch.float16, cpu, wanted, config)
+        assert compiled() == start + 1
+        tune.compile_only("linear", case, torch.float16, cpu, wanted, config | {"num_stages": 3})
+        assert compiled() == start + 2
+
+
+def test_a_candidate_is_compiled_once_for_each_case_and_waited_for(monkeypatch):
+    done, config = [], {"BLOCK_N": 64}
+
+    def compile_only(*args):
+        time.sleep(0.05)
+        done.append(args)
+        raise RuntimeError("out of registers")  # said by whoever launches it
+
+    monkeypatch.setattr(tune, "compile_only", compile_only)
+    ahead = tune.Ahead("cuda", 2, pool=lambda n, mp_context: ThreadPoolExecutor(n))
+    toy = SimpleNamespace(name="toy")
+    for _ in range(2):
+        ahead.ask(("toy", "N=1"), [(toy, {"T": 1}), (toy, {"T": 2})], torch.float16, [config])
+    ahead.wait(("toy", "N=1"), config)
+    assert sorted(args[1]["T"] for args in done) == [1, 2]
+    ahead.wait(("toy", "N=1"), {"BLOCK_N": 32})  # nobody asked
+    ahead.close()
+
+
+def test_a_compiler_that_takes_a_process_down_ends_compiling_ahead_alone():
+    pool = mock.Mock(submit=mock.Mock(side_effect=BrokenProcessPool))
+    ahead = tune.Ahead("cuda", 2, pool=lambda n, mp_context: pool)
+    for config in ({"BLOCK_N": 64}, {"BLOCK_N": 32}):
+        ahead.ask(("toy", ""), [(SimpleNamespace(name="toy"), {})], torch.float16, [config])
+        ahead.wait(("toy", ""), config)
+    assert pool.submit.call_count == 1
+    ahead.close()
 
 
 class TunedClock:
