@@ -98,7 +98,7 @@ def _attend(
         # makes one chain of a dot and an addition.
         acc = tl.fma(acc, rescale[:, None], tl.dot(p, v, input_precision=PRECISION))
     else:
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
     return acc, m_new, l
 
 

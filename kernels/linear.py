@@ -8,8 +8,8 @@ Precision  Sums in fp32, GELU and residual too; y is rounded once, to the dtype 
            are exact fp32 ("ieee") unless torch.backends.cuda.matmul.allow_tf32 is set. GELU of 16
            bits is a polynomial within half an ulp, see pointwise.py; with a residual it is erf.
 Batches    The kernel gives a row of y the same bits whatever the other rows, and however many. Each
-           number is one sum over K, in steps of BLOCK_K; the number of rows chooses how many rows
-           and columns a program takes, and never those steps or the instruction that adds them.
+           number is one chain of sums over K; the number of rows chooses the tile, and so how often
+           a program waits for memory, and never the instruction that adds or its order.
 CPU        oneDNN, on the weight as it lies, where it can: torch's own linear gives fp32 to MKL,
            half as fast on AMD and about as fast on Intel. oneDNN adds up K in one chain, MKL in
            shorter ones: in fp32 a layer errs 1.4 to 1.7 times as far, some 1e-6 of its values.
@@ -151,22 +151,24 @@ MULTIPROCESSORS = 132  # of an H100 or H200; about those of others
 
 
 def _forms(arch, itemsize):
-    """(BLOCK_M, BLOCK_N, warps, stages), small tiles first. None spills on sm_80, sm_90 or gfx942.
+    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), small tiles first. None spills on sm_80, sm_90 or
+    gfx942.
 
     The last is for large batches. On sm_90 smaller tiles load more from L2 than it gives; sm_80 has
     fewer products to feed, and three such programs on a multiprocessor hide each other's ends.
+    Small tiles wait for each step over K, and take longer ones.
 
     64 rows at least: fewer take another instruction on sm_90, whose sums may round otherwise. For
-    the same reason 32 columns on AMD.
+    the same reason 32 columns on AMD, and one BLOCK_K.
     """
     if itemsize == 4:  # exact fp32 products run on no tensor core: each thread holds its operands
-        return ((64, 32, 4, 3), (64, 64, 4, 3))
+        return ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
     if isinstance(arch, str):
-        return ((64, 64, 4, 2), (128, 128, 8, 2))
-    small = ((64, 16, 4, 6), (64, 32, 4, 5), (64, 64, 4, 4))
+        return ((64, 64, 64, 4, 2), (128, 128, 64, 8, 2))
+    small = ((64, 16, 128, 4, 4), (64, 32, 128, 4, 4), (64, 64, 128, 4, 3))
     if 90 <= arch < 120:
-        return (*small, (128, 128, 8, 3), (128, 256, 8, 3))
-    return (*small, (64, 128, 4, 3))
+        return (*small, (128, 128, 64, 8, 3), (128, 256, 64, 8, 3))
+    return (*small, (64, 128, 64, 4, 3))
 
 
 @functools.lru_cache(1024)  # a launch comes here
@@ -181,7 +183,7 @@ def _tile(T, N, itemsize, arch):
     edge = 67 if itemsize == 2 and arch in range(90, 120) else 34
 
     def work(form):
-        M, N_, warps, _ = form
+        M, N_, _, warps, _ = form
         share = ceil_div(T, M) * ceil_div(N, N_) / MULTIPROCESSORS
         rounds = max(share, 1) if warps == 4 else math.ceil(share)  # of four warps several fit
         return rounds * max(M * N_, edge * (M + N_))
@@ -191,14 +193,9 @@ def _tile(T, N, itemsize, arch):
 
 def _config(T, N, K, itemsize, arch):
     """The tile, or what was measured."""
-    BLOCK_M, BLOCK_N, warps, stages = _tile(T, N, itemsize, arch)
-    config = {
-        "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_K": 128 // itemsize,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
-    return launch.configuration(
-        "linear", config, fixed=("BLOCK_K",), rows=T, N=N, K=K, itemsize=itemsize
-    )
+    names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
+    config = dict(zip(names, _tile(T, N, itemsize, arch)))
+    return launch.configuration("linear", config, rows=T, N=N, K=K, itemsize=itemsize)
 
 
 def _forward(y, x, weight, bias, activation, residual, num_tokens):

@@ -43,10 +43,23 @@ def poisoned():
 @pytest.fixture
 def sums_without_place(monkeypatch):
     """The interpreter's tl.dot is BLAS, which adds up in an order that depends on where in its tile
-    a number lies; no GPU's does. With sums in fp64, rounded, that order does not show."""
-    matmul = np.matmul
+    a number lies, and on the tile; no GPU's does. Here it is as there: a chain over K, of sums of 16
+    products, each in fp64 and rounded."""
+    if not INTERPRET:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    matmul, create_dot = np.matmul, InterpreterBuilder.create_dot
 
     def rounded(a, b, dtype=None):
         return matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
 
+    def in_steps(self, a, b, d, *options):
+        for k in range(0, a.data.shape[1], 16):
+            step = slice(k, k + 16)
+            parts = TensorHandle(a.data[:, step], a.dtype), TensorHandle(b.data[step], b.dtype)
+            d = create_dot(self, *parts, d, *options)
+        return d
+
     monkeypatch.setattr(np, "matmul", rounded)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", in_steps)

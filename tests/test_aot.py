@@ -1,6 +1,7 @@
 """The compile report: what ships keeps its budgets, and each budget can be broken."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,18 @@ def test_every_kernel_compiles_elsewhere_and_fits_shared_memory(arch):
     for spec in SPECS:
         for launched in compile_all(spec, spec.bench[-1], torch.float16, [arch])[arch]:
             assert launched.kernel.metadata.shared <= TARGETS[arch].shared
+
+
+def test_attention_in_fp32_adds_up_sums_of_tiles_not_one_chain_over_all_keys():
+    """A product that starts from the accumulator of another goes on with its chain."""
+    (spec,) = (s for s in SPECS if s.name == "attention")
+    for dtype, chains in ((torch.float32, False), (torch.float16, True)):
+        case = {"lengths": (100,), "heads": 1, "D": 16}
+        (launched,) = compile_all(spec, case, dtype, ["sm_90"])["sm_90"]
+        start = re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", launched.kernel.asm["ttgir"])
+        start += re.findall(r"warp_group_dot %\S+, %\S+, (%\w+)", launched.kernel.asm["ttgir"])
+        assert start
+        assert any(not name.startswith("%cst") for name in start) == chains
 
 
 def test_every_op_with_a_kernel_has_a_spec():

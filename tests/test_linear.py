@@ -54,7 +54,7 @@ def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypat
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_form_takes_the_same_instruction(itemsize, arch):
     """sm_90 multiplies in another way from 64 rows and four warps on."""
-    for M, N, warps, _ in file._forms(arch, itemsize):
+    for M, N, _, warps, _ in file._forms(arch, itemsize):
         assert M >= 64 and N >= 16 and warps >= 4
 
 
