@@ -43,8 +43,8 @@ def poisoned():
 @pytest.fixture
 def sums_without_place(monkeypatch):
     """The interpreter's tl.dot is BLAS, which adds up in an order that depends on where in its tile
-    a number lies, and on the tile; no GPU's does. Here it is as there: a chain over K, of sums of 16
-    products, each in fp64 and rounded."""
+    a number lies, and on the tile; no GPU's does. Here it is as there: a chain over K, of sums of
+    16 products, each in fp64 and rounded."""
     if not INTERPRET:
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
