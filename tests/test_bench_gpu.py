@@ -54,10 +54,31 @@ def test_output_and_status_come_back():
     assert (returncode, sorted(lines)) == (3, ["err", "out"])
 
 
-def test_tests_that_take_too_long_are_killed_and_the_result_says_so():
-    ran = gpu.run_tests(0.05)
-    assert (ran["returncode"], ran["summary"]) == (None, "killed after 0.05 s")
-    assert ran["seconds"] < 10
+@pytest.mark.parametrize("xdist", [False, True])
+def test_tests_that_are_killed_have_said_what_failed(xdist, tmp_path, monkeypatch):
+    if xdist:
+        pytest.importorskip("xdist", reason="pytest-xdist is no part of .[test]")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: xdist)
+    (tmp_path / "test_it.py").write_text(
+        "import time\n"
+        "def test_right(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "def test_slow(): time.sleep(float(open('slow').read()))\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "slow").write_text("0")
+    ran = gpu.run_tests(60, ["test_it.py"])
+    assert ran["returncode"] == 1
+    assert ran["failed"] == ["FAILED test_it.py::test_wrong - assert 1 == 2"]
+    (tmp_path / "slow").write_text("60")
+    ran = gpu.run_tests(8, ["test_it.py"])
+    assert (ran["returncode"], ran["summary"]) == (None, "killed after 8 s")
+    (failed,) = ran["failed"]
+    assert "test_it.py::test_wrong" in failed
+
+
+def test_the_tests_that_a_gpu_runs_are_there():
+    assert all((gpu.ROOT / path).exists() for path in gpu.TESTS)
 
 
 # -- parts ----------------------------------------------------------------------------------
