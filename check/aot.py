@@ -200,7 +200,7 @@ def accesses_of(resources, trips):
     found = {}
     for kind in ("loads", "stores"):
         once, trip = resources.once[kind], resources.trip.get(kind, {})
-        found[kind] = {b: once[b] + round(trips * trip.get(b, 0)) for b in {*once, *trip}}
+        found[kind] = {b: once.get(b, 0) + round(trips * trip.get(b, 0)) for b in {*once, *trip}}
     return found
 
 

@@ -134,17 +134,21 @@ def analyse(kernel, target):
             for kind, counts in found.items()
         }
         return {
-            **pipes, "loads": found["load"], "stores": found["store"], "ahead": bytes_of["ahead"],
+            **pipes,
+            "loads": dict(found["load"]),
+            "stores": dict(found["store"]),
             "bytes": bytes_of["load"] + bytes_of["store"],
-        }  # fmt: skip
+            "ahead": bytes_of["ahead"],
+        }
 
     trips = [work(loop) | {"flops": flops} for loop in hot if not dots or _multiplies(loop)]
     kind = "flops" if dots else "bytes"
     trips = [t for t in trips if t[kind]]
     once = work(others)
-    once["loads"] -= Counter(  # of one value
+    of_one_value = Counter(
         int(bits) for bits in re.findall(r"tt\.load .*: !tt\.ptr<[a-z]+(\d+)", source)
     )
+    once["loads"] = dict(Counter(once["loads"]) - of_one_value)
     reserved = 1024 if target.nvidia else 0  # of shared memory, for each program
     on_scheduler = min(target.warps, 512 // (-(-registers // 8) * 8))
     return Resources(
