@@ -128,8 +128,13 @@ def compile_only(name, case, dtype, device, wanted, config):
 
 @functools.lru_cache(1)
 def _call_of(name, case, dtype, device):
+    """The op and inputs like those of the case, without values: the GPU is being timed."""
     (spec,) = (s for s in SPECS if s.name == name)
-    return spec.fn, spec.inputs(dtype, device, **dict(case))
+    inputs = spec.inputs(dtype, "cpu", **dict(case))
+    return spec.fn, {
+        k: torch.empty_like(v, device=device) if torch.is_tensor(v) else v
+        for k, v in inputs.items()
+    }
 
 
 # -- the search -----------------------------------------------------------------------------
@@ -267,12 +272,8 @@ def problem(spec, case, dtype, device):
     return spec.fn, inputs, truth, ulp + 2 * error_of([rounded], [truth])["max"]
 
 
-def tune(
-    results, clock, device, seconds, specs=SPECS, dtypes=(torch.bfloat16, torch.float32),
-    processes=PROCESSES,
-):  # fmt: skip
-    """Tune until `seconds` are over, writing what was tried into results as it comes; on a GPU so
-    many processes compile ahead.
+def tune(results, clock, device, seconds, specs=SPECS, dtypes=(torch.bfloat16, torch.float32)):
+    """Tune until `seconds` are over, writing what was tried into results as it comes.
 
     Returns {op: {key: configuration}} of those that are faster than their default.
     """
@@ -282,7 +283,7 @@ def tune(
         for dtype in dtypes
         for which, group in groups(specs, dtype, device).items()
     ]
-    ahead = Ahead(device, processes if device.type == "cuda" else 0)
+    ahead = Ahead(device, PROCESSES if device.type == "cuda" else 0)
     for which, default, fixed, where, dtype in todo:
         ahead.ask(which, where[:CASES], dtype, (default, *neighbours(default, fixed)))
     try:

@@ -26,8 +26,8 @@ Tail       The busiest multiprocessor decides: ceil(programs / multiprocessors) 
            multiprocessor moves at most 64 bytes a cycle.
 Launch     2 us from one launch to the next: start, first loads, last stores. Not measured.
 
-Not in the model: bank conflicts, misses of L2, latency that too few warps leave open, clocks that
-fall under load, programs of unequal length.
+Not in the model: bank conflicts, hits of L1, misses of L2, lanes that are masked, latency that too
+few warps leave open, clocks that fall under load, programs of unequal length.
 """
 
 import math
