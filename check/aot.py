@@ -30,6 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -63,6 +64,10 @@ class Driver:
 
     def __init__(self, target):
         self.target = target
+        count = next((g.multiprocessors for g in GPUS.values() if TARGETS[g.arch].triton == target), 132)
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"multiprocessor_count": count}
+        )
 
     def get_current_device(self):
         return self.target.arch  # kernels are cached by device: one for each target
@@ -108,6 +113,7 @@ def _launches(fn, inputs, target):
         patch.object(triton.JITFunction, "run", compile_only),
         patch.object(triton.runtime.driver, "_active", Driver(target)),
         patch("bert_fast.kernels.launch.WARP_SIZE", target.warp_size),
+        patch("bert_fast.kernels.launch._gpus", lambda: False),  # no table of the GPU that is here
         torch.no_grad(),
         OnKernels(),
     ):

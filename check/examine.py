@@ -69,6 +69,7 @@ def faults(spec):
         yield from of_case(spec, case, dtype, layout)
     for case in (*spec.cases[:2], *_empty(spec)) if spec.packed else ():
         yield from of_rows_past_num_tokens(spec, case)
+        yield from of_more_tokens_than_rows(spec, case)
     yield from of_infinity(spec, spec.cases[0])
     yield from of_traps(spec)
     for case in spec.huge:
@@ -134,6 +135,21 @@ def of_rows_past_num_tokens(spec, case):
     past = result[len(expected) :]
     if count := past.numel() - watched.unwritten(past):
         yield f"{where}: {count} elements of them are written in the result"
+
+
+def of_more_tokens_than_rows(spec, case):
+    """A num_tokens that cannot be: all rows are tokens, and nothing past them is touched."""
+    inputs = inputs_of(spec, case, torch.float16)
+    expected, _ = call(spec, inputs)
+    further = further_rows(spec, inputs, rows=0)
+    if "num_tokens" in further:
+        further["num_tokens"] = further["num_tokens"] + 1000
+    result, watched = call(spec, further)
+    where = f"{spec.label(case)}, num_tokens beyond the rows"
+    for finding in watched.findings:
+        yield f"{finding} ({where})"
+    if not torch.equal(result, expected):
+        yield f"{where}: they change the result"
 
 
 def of_infinity(spec, case):

@@ -155,16 +155,18 @@ def rows_apart(t, i):
 
 
 def columns_apart(t, i):
-    if t.dtype == torch.int32 and t.ndim == 1:
-        return t  # cu_seqlens is contiguous by contract
     return t.repeat_interleave(2 + i, dim=-1)[..., :: 2 + i]
+
+
+def columns_first(t, i):
+    return t.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
 def batch_inside(t, i):
     return t.movedim(0, -2).contiguous().movedim(-2, 0) if t.ndim > 2 else t
 
 
-LAYOUTS = {f.__name__: f for f in (contiguous, rows_apart, columns_apart, batch_inside)}
+LAYOUTS = {f.__name__: f for f in (contiguous, rows_apart, columns_apart, columns_first, batch_inside)}
 
 
 def laid_out(inputs, layout):

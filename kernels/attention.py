@@ -8,7 +8,7 @@ Shapes     q, o [T, heads, D]; k, v [Tk, heads, D]; D <= 256. Sequence b is rows
 Causal     query i of Lq sees key j of Lk where j <= i + Lk - Lq: the last query sees all keys.
 Precision  Scores, softmax and sums in fp32. Probabilities are rounded to the dtype of v before
            they are multiplied with it, and o once. fp32 products are exact fp32 ("ieee") unless
-           torch.backends.cuda.matmul.allow_tf32 is set.
+           torch.backends.cuda.matmul.fp32_precision allows TF32.
 Backward   with p the probabilities: dv = p^T do, dp = do v^T, ds = p * (dp - sum(do * o)),
            dq = scale * ds k, dk = scale * ds^T q. PyTorch, a sequence at a time, for now.
 Source     Vaswani et al., Attention Is All You Need, 2017, section 3.2. The softmax is online, a
@@ -102,7 +102,10 @@ def _attend(
     return acc, m_new, l
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["blocks"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "cu_seqlens_k_ptr"],
+)
 def _forward_kernel(
     q_ptr,  # [T, heads, D]
     k_ptr,  # [Tk, heads, D]
@@ -200,13 +203,15 @@ def _unit(t):
 
 def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
     q, k, v = _unit(q), _unit(k), _unit(v)
+    cu_seqlens = cu_seqlens.contiguous()
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
     heads, D = q.shape[1:]
     config = _config(D, q.itemsize, launch.arch())
     blocks = ceil_div(max_seqlen, config["BLOCK_M"])
     programs = blocks * heads * (len(cu_seqlens) - 1)
     if programs:
         _forward_kernel[(programs,)](
-            q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, o,
+            q, k, v, cu_seqlens, cu_seqlens_k, o,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             heads, D, blocks, scale * LOG2E,
             CAUSAL=causal, PRECISION=launch.precision(q), **config,
@@ -442,7 +447,7 @@ SPEC = Spec(
     huge=({"lengths": (512,) * 8200, "heads": 8, "D": 64},),
     bench=tuple(
         {"lengths": (S,) * (16384 // S), "heads": heads, "D": D}
-        for heads, D in ((12, 32), (12, 64), (16, 64))
+        for heads, D in ((12, 64), (16, 64), (12, 32))
         for S in (128, 512)
     )
     + (

@@ -60,7 +60,7 @@ def _lookup(table_ptr, ids_ptr, r, count, N, offs_n, mask_n):
     return load_row(table_ptr + index * N, offs_n, mask_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _forward_kernel(
     ids_ptr,  # [B * S] or None
     embeds_ptr,  # [B * S, N] or None: one of the two is given
@@ -298,7 +298,7 @@ def embedding(
     word, position, token_type   [V, N], [P, N], [C, N]: the tables, fp32, fp16 or bf16, N <= 8192
     weight, bias    [N] of the LayerNorm, one dtype
     inputs_embeds   [B, S, N] in the dtype of word, to use for word[input_ids]
-    token_type_ids  integer [B, S]; None means 0
+    token_type_ids  integer [B, S] or [1, S]; None means 0
     position_ids    integer [B, S] or [1, S]; None means the column
     row_index       integer [T]: the positions b * S + s to embed, as `pack` gives; None means all
     eps             of the LayerNorm, added to the variance
@@ -340,8 +340,10 @@ def embedding(
         raise ValueError(
             f"embedding: at most {len(position)} positions have an embedding, got S = {S}"
         )
-    if position_ids is not None and position_ids.shape == (1, S):
-        position_ids = position_ids.expand(B, S)
+    token_type_ids, position_ids = (
+        t.expand(B, S) if t is not None and t.shape == (1, S) else t
+        for t in (token_type_ids, position_ids)
+    )
     for name, t in (("token_type_ids", token_type_ids), ("position_ids", position_ids)):
         if t is not None and (t.shape != (B, S) or t.dtype not in (torch.int32, torch.int64)):
             raise ValueError(f"embedding: {name} must be integer [{B}, {S}], got {show(t)}")

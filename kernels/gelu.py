@@ -34,7 +34,7 @@ def gelu_ref(x, bias=None, num_tokens=None):
 
 
 # -- kernels --------------------------------------------------------------------------------
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _forward_kernel(
     x_ptr,  # [M, N]
     bias_ptr,  # [N] or None
@@ -79,8 +79,8 @@ def act_of(dtype):
 def _forward(y, x, bias, num_tokens):
     x, stride_xm = launch.rows(x)
     M, N = x.shape
-    config = _config(N)
-    if M:
+    if M * N:
+        config = _config(N)
         _forward_kernel[(M * ceil_div(N, config["BLOCK_N"]),)](
             x, None if bias is None else bias.contiguous(), num_tokens, y, stride_xm, N,
             ACT=act_of(x.dtype), **config,

@@ -5,6 +5,7 @@ This is the one module that knows whether Triton is there.
 
 import functools
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -94,10 +95,10 @@ def backend(device):
 def define(schema, outputs, launch, plain):
     """Register bert_fast::<schema> and return the op.
 
-    outputs(*args) allocates what the op returns. Fake tensors ask it too, so the shapes and
-    dtypes of results are said once. launch(out, *args) fills them with Triton: on CUDA, and on
-    the CPU under TRITON_INTERPRET=1. Else plain(*args) is the op on the CPU: PyTorch, made fast
-    for the packed layout.
+    outputs(*args) allocates what the op returns, contiguous, never a view of an argument. Fake
+    tensors ask it too, so shapes, strides and dtypes of results are said once.
+    launch(out, *args) fills them with Triton: on CUDA, and on the CPU under TRITON_INTERPRET=1.
+    Else plain(*args) is the op on the CPU: PyTorch, made fast for the packed layout.
 
     Plain Library calls, since torch.library.custom_op adds about 7 us to every op call.
     """
@@ -108,12 +109,12 @@ def define(schema, outputs, launch, plain):
         return out
 
     def kernel_on_its_device(*args):
-        first = next(a for a in args if a is not None)
-        if reason := missing(first.device):
+        device = one_device(op, args)
+        if reason := missing(device):
             raise RuntimeError(f"bert_fast::{name}: {reason}")
-        if first.device.index == torch.cuda.current_device():  # entering it takes 3 us
+        if device.index == torch.cuda.current_device():  # entering it takes 3 us
             return kernel(*args)
-        with torch.cuda.device(first.device):
+        with torch.cuda.device(device):
             return kernel(*args)
 
     name = schema.partition("(")[0]
@@ -122,13 +123,35 @@ def define(schema, outputs, launch, plain):
     LIB.impl(name, kernel_on_its_device, "CUDA")
     LIB.impl(name, kernel if INTERPRET else plain, "CPU")
     torch.library.register_fake(f"bert_fast::{name}", outputs, lib=LIB)
-    return getattr(torch.ops.bert_fast, name).default
+    op = getattr(torch.ops.bert_fast, name).default  # kernel_on_its_device names its arguments
+    return op
+
+
+def one_device(op, args):
+    """The device of the tensors among args of op. Raises ValueError where they have several: a
+    kernel would take the address of one for its own."""
+    found = None
+    for i, a in enumerate(args):
+        if isinstance(a, torch.Tensor):
+            if found is None:
+                found, first = a.device, i
+            elif a.device != found:
+                names = [argument.name for argument in op._schema.arguments]
+                raise ValueError(
+                    f"{op._opname}: tensors must be on one device, got {names[first]} on {found}"
+                    f" and {names[i]} on {a.device}"
+                )
+    return found
 
 
 def define_plain(schema, outputs, plain):
-    """Register an op that is PyTorch on every device: the backwards that have no kernel yet."""
+    """Register an op that is PyTorch on every device: the backwards that have no kernel yet.
+
+    They wait for the GPU where they ask how many tokens there are, so torch.compile must not
+    record them in a CUDA graph.
+    """
     name = schema.partition("(")[0]
-    LIB.define(schema)
+    LIB.define(schema, tags=(torch.Tag.cudagraph_unsafe,))
     LIB.impl(name, plain, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bert_fast::{name}", outputs, lib=LIB)
     return getattr(torch.ops.bert_fast, name).default
@@ -143,9 +166,9 @@ def head(num_tokens, *tensors):
 
 
 def with_room(t, M):
-    """t [T, ...] and, up to M, rows that nobody has written."""
+    """t [T, ...] and, up to M, rows that nobody has written; contiguous."""
     if len(t) == M:
-        return t
+        return t.contiguous()
     out = t.new_empty(M, *t.shape[1:])
     out[: len(t)] = t
     return out
@@ -280,7 +303,7 @@ def rows(t):
     if t is None:
         return None, 0
     if t.ndim != 2:
-        t = t.reshape(-1, t.shape[-1])
+        t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
     stride, unit = t.stride()
     return (t, stride) if unit == 1 else (t.contiguous(), t.shape[1])
 
@@ -295,10 +318,29 @@ def _arch(device):
     return triton.runtime.driver.active.get_current_target().arch
 
 
+def multiprocessors():
+    """Of the current GPU; 132, as an H100 has, in the interpreter."""
+    return 132 if INTERPRET else _multiprocessors(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _multiprocessors(device):
+    properties = triton.runtime.driver.active.utils.get_device_properties(device)
+    return properties["multiprocessor_count"]
+
+
+def allows_tf32():
+    """Whether fp32 products may be TF32, as torch's own. (`allow_tf32` says the same, and raises
+    where somebody has set fp32_precision.)"""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def precision(t):
     """input_precision of a tl.dot of t: exact, but for fp32 where torch may use TF32 too."""
-    allow_tf32 = t.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allow_tf32 else "ieee"
+    if t.dtype != torch.float32 or not allows_tf32():
+        return "ieee"
+    gpu = arch()
+    return "tf32" if isinstance(gpu, int) or gpu == "gfx942" else "ieee"  # on AMD, of that alone
 
 
 def show(t):

@@ -48,7 +48,7 @@ def normalize(h, mask_n, N, eps):
     return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _forward_kernel(
     x_ptr,  # [M, N]
     weight_ptr,  # [N]
@@ -120,8 +120,7 @@ def _plain_backward(dy, x, weight, residual, eps, num_tokens):
     shape = x.shape
     dy, x, residual = launch.head(num_tokens, dy, x, residual)
     dh, dweight, dbias = layer_norm_gradients(dy, _sum(x, residual), weight, eps)
-    dx = launch.pad_rows(dh.to(x.dtype), shape[0]) if x.ndim > 1 else dh.to(x.dtype)
-    return dx, torch.stack((dweight, dbias))
+    return launch.pad_rows(dh.to(x.dtype), shape[0]), torch.stack((dweight, dbias))
 
 
 def layer_norm_gradients(dy, h, weight, eps):

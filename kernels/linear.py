@@ -5,7 +5,7 @@
 
 Shapes     x [T, K], weight [N, K], bias [N]; residual, y [T, N].
 Precision  Sums in fp32, GELU and residual too; y is rounded once, to the dtype of x. fp32 products
-           are exact fp32 ("ieee") unless torch.backends.cuda.matmul.allow_tf32 is set. GELU of 16
+           are exact fp32 ("ieee") unless torch.backends.cuda.matmul.fp32_precision allows TF32. GELU of 16
            bits is a polynomial within half an ulp, see pointwise.py; with a residual it is erf.
 Batches    The kernel gives a row of y the same bits whatever the other rows, and however many. Each
            number is one chain of sums over K; the number of rows chooses the tile, and so how often
@@ -92,7 +92,7 @@ def _finish(
     tl.store(y_ptr + rows_m * N + offs_n[None, :], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _forward_kernel(
     x_ptr,  # [T, K]
     weight_ptr,  # [N, K]
@@ -117,7 +117,7 @@ def _forward_kernel(
     offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = T
     if num_tokens_ptr is not None:
-        rows = tl.load(num_tokens_ptr)
+        rows = tl.minimum(tl.load(num_tokens_ptr), T)
         if start_m >= rows:
             return
 
@@ -147,10 +147,7 @@ def _forward_kernel(
 
 
 # -- launchers ------------------------------------------------------------------------------
-MULTIPROCESSORS = 132  # of an H100 or H200; about those of others
-
-
-def _forms(arch, itemsize):
+def _forms(arch, itemsize, precision):
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), small tiles first. None spills on sm_80, sm_90 or
     gfx942.
 
@@ -159,43 +156,59 @@ def _forms(arch, itemsize):
     Small tiles wait for each step over K, and take longer ones.
 
     64 rows at least: fewer take another instruction on sm_90, whose sums may round otherwise. For
-    the same reason 32 columns on AMD, and one BLOCK_K.
+    the same reason 32 columns on AMD, and one BLOCK_K. TF32 has the tiles of 16 bits, of half as
+    many columns.
     """
-    if itemsize == 4:  # exact fp32 products run on no tensor core: each thread holds its operands
+    if is_exact(itemsize, precision):  # on no tensor core of NVIDIA's: each thread holds operands
         return ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
     if isinstance(arch, str):
-        return ((64, 64, 64, 4, 2), (128, 128, 64, 8, 2))
-    small = ((64, 16, 128, 4, 4), (64, 32, 128, 4, 4), (64, 64, 128, 4, 3))
-    if 90 <= arch < 120:
-        return (*small, (128, 128, 64, 8, 3), (128, 256, 64, 8, 3))
-    return (*small, (64, 128, 64, 4, 3))
+        forms = ((64, 64, 64, 4, 2), (128, 128, 64, 8, 2))
+    else:
+        last = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3)) if 90 <= arch < 120 else (
+            (64, 128, 64, 4, 3),
+        )
+        forms = ((64, 16, 128, 4, 4), (64, 32, 128, 4, 4), (64, 64, 128, 4, 3), *last)
+    return tuple((M, N, K * 2 // itemsize, *rest) for M, N, K, *rest in forms)
+
+
+def is_exact(itemsize, precision):
+    return itemsize == 4 and precision == "ieee"
+
+
+SHARED = {80: 163, 90: 227, 100: 227, "gfx942": 64}  # KiB of a multiprocessor; of others 99
 
 
 @functools.lru_cache(1024)  # a launch comes here
-def _tile(T, N, itemsize, arch):
+def _tile(T, N, itemsize, precision, arch, multiprocessors):
     """The form that leaves the busiest multiprocessor the least to do; in the interpreter, which
     pays for programs, the largest."""
-    forms = _forms(arch, itemsize)
+    forms = _forms(arch, itemsize, precision)
     if launch.INTERPRET:
         return forms[-1]
     # Each row and column of a tile costs as much as so many of its products. Fitted to what `check
     # aot` predicts for base and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
-    edge = 67 if itemsize == 2 and arch in range(90, 120) else 34
+    hopper = isinstance(arch, int) and 90 <= arch < 120
+    edge = 67 if hopper and not is_exact(itemsize, precision) else 34
 
     def work(form):
-        M, N_, _, warps, _ = form
-        share = ceil_div(T, M) * ceil_div(N, N_) / MULTIPROCESSORS
-        rounds = max(share, 1) if warps == 4 else math.ceil(share)  # of four warps several fit
+        M, N_, K, warps, stages = form
+        share = ceil_div(T, M) * ceil_div(N, N_) / multiprocessors
+        # Of four warps several programs run beside each other, where there is memory for two. What
+        # other tensor cores multiply is in registers, and one step less is in memory.
+        shared = (stages if hopper else stages - 1) * (M + N_) * K * itemsize
+        beside = warps == 4 and 2 * shared <= SHARED.get(arch, 99) << 10
+        rounds = max(share, 1) if beside else math.ceil(share)
         return rounds * max(M * N_, edge * (M + N_))
 
     return min(forms, key=work)
 
 
-def _config(T, N, K, itemsize, arch):
+def _config(T, N, K, itemsize, precision, arch, multiprocessors):
     """The tile, or what was measured."""
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
-    config = dict(zip(names, _tile(T, N, itemsize, arch)))
-    return launch.configuration("linear", config, rows=T, N=N, K=K, itemsize=itemsize)
+    config = dict(zip(names, _tile(T, N, itemsize, precision, arch, multiprocessors)))
+    key = {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
+    return launch.configuration("linear", config, rows=T, **key)
 
 
 def _forward(y, x, weight, bias, activation, residual, num_tokens):
@@ -203,7 +216,9 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     weight, stride_wn = launch.rows(weight)
     residual, stride_rt = launch.rows(residual)
     (T, K), N = x.shape, weight.shape[0]
-    config = _config(T, N, K, x.itemsize, launch.arch())
+    precision = launch.precision(x)
+    gpu = launch.arch(), launch.multiprocessors()
+    config = _config(T, N, K, x.itemsize, precision, *gpu)
     # The error of 16 bits' own form is less than rounding; next to a residual that cancels, more.
     form = act_of(x.dtype) if residual is None else gelu_erf
     programs = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
@@ -211,7 +226,7 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
         _forward_kernel[(programs,)](
             x, weight, None if bias is None else bias.contiguous(), residual, num_tokens, y,
             stride_xt, stride_wn, stride_rt, T, N, K,
-            ACT=form if activation else None, PRECISION=launch.precision(x),
+            ACT=form if activation else None, PRECISION=precision,
             REST=K % config["BLOCK_K"] != 0, **config,
         )
 
@@ -481,17 +496,17 @@ SPEC = Spec(
         {"T": 64, "K": 2**12, "N": 2**20 + 3},  # weight
     ),
     bench=(
-        {"T": 128, "K": BASE, "N": 3 * BASE},  # one sequence of 128
-        {"T": 128, "K": BASE, "N": BASE, "residual": True},
-        {"T": 128, "K": BASE, "N": 4 * BASE, "gelu": True},
-        {"T": 128, "K": 4 * BASE, "N": BASE, "residual": True},
         {"T": 16384, "K": BASE, "N": 3 * BASE},
         {"T": 16384, "K": BASE, "N": BASE, "residual": True},
         {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True},
         {"T": 16384, "K": 4 * BASE, "N": BASE, "residual": True},
-        {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True, "num_tokens": 16384},
         {"T": 16384, "K": LARGE, "N": 4 * LARGE, "gelu": True},
         {"T": 16384, "K": 4 * LARGE, "N": LARGE, "residual": True},
+        {"T": 128, "K": BASE, "N": 3 * BASE},  # one sequence of 128
+        {"T": 128, "K": BASE, "N": BASE, "residual": True},
+        {"T": 128, "K": BASE, "N": 4 * BASE, "gelu": True},
+        {"T": 128, "K": 4 * BASE, "N": BASE, "residual": True},
+        {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True, "num_tokens": 16384},
     ),
     rejects={
         "x must be fp32, fp16 or bf16 [T, K], got float32[8]": {"x": torch.ones(8)},

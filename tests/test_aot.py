@@ -1,10 +1,13 @@
 """The compile report: what ships keeps its budgets, and each budget can be broken."""
 
+import itertools
 import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,6 +32,9 @@ import triton
 import triton.language as tl
 from aot import BULK, GATED, compile_all, kernels_without_spec, launch_row, report
 from roofline import GPUS, TARGETS, Instruction, analyse, flow, predict, width
+
+
+SM_90 = TARGETS["sm_90"].triton
 
 
 # -- what ships -----------------------------------------------------------------------------
@@ -62,6 +68,39 @@ def test_attention_in_fp32_adds_up_sums_of_tiles_not_one_chain_over_all_keys():
         start += re.findall(r"warp_group_dot %\S+, %\S+, (%\w+)", launched.kernel.asm["ttgir"])
         assert start
         assert any(not name.startswith("%cst") for name in start) == chains
+
+
+def test_tf32_runs_on_tensor_cores_without_spills():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        for spec in (s for s in SPECS if s.name in ("attention", "linear")):
+            for case, arch in itertools.product(spec.bench[:2], GATED):
+                for launched in compile_all(spec, case, torch.float32, [arch])[arch]:
+                    resources = analyse(launched.kernel, TARGETS[arch])
+                    assert any("TF32" in op or "xf32" in op for op in resources.tensor), resources
+                    assert resources.spills["hot"] == 0, resources
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_a_batch_of_another_shape_compiles_nothing():
+    """Seconds of a user's time, for nothing that the code could gain by."""
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 256}
+    sizes["max_position_embeddings"] = 512
+    model = bert_fast.accelerate(stock_model(**sizes), cuda_graphs=False).half()
+
+    def kernels_of(B, S):
+        mask = torch.ones(B, S, dtype=torch.bool)
+        mask[0, S // 2 :] = False
+        ids = torch.zeros(B, S, dtype=torch.int64)
+        encode = partial(model, ids, mask)
+        return {(k.kernel.name, k.kernel.hash) for k in aot._launches(encode, {}, SM_90)}
+
+    with patch.object(encoder, "_stays_on_device", lambda device: True):
+        first = kernels_of(4, 16)
+        for B, S in ((1, 1), (1, 17), (3, 31), (5, 16), (2, 1), (1, 300)):
+            assert kernels_of(B, S) == first, (B, S)
+    assert len(first) == 9  # pack has two, linear three: for q, k and v, with a residual, with GELU
 
 
 def test_every_op_with_a_kernel_has_a_spec():

@@ -35,6 +35,7 @@ def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypat
     """Alone, in another order, with other rows behind, in every form of tile that there is."""
     if GPU:
         arch = file.launch.arch()
+    monkeypatch.setattr(file.launch, "_gpus", lambda: False)  # whose table would choose the form
     monkeypatch.setattr(file.launch, "arch", lambda: arch)
     x, weight, bias = operands(131, 200, 96, dtype)
     residual = torch.randn(131, 96, device=DEVICE).to(dtype)
@@ -45,16 +46,16 @@ def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypat
     count = torch.tensor([70], device=DEVICE)
     ours = linear(x, weight, bias, activation, residual, num_tokens=count)
     assert torch.equal(ours[:70], expected[:70])
-    for form in file._forms(arch, dtype.itemsize):
+    for form in file._forms(arch, dtype.itemsize, "ieee"):
         monkeypatch.setattr(file, "_tile", lambda *_, form=form: form)
         assert torch.equal(linear(x, weight, bias, activation, residual), expected), form
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_form_takes_the_same_instruction(itemsize, arch):
+@pytest.mark.parametrize("itemsize, precision", [(2, "ieee"), (4, "ieee"), (4, "tf32")])
+def test_every_form_takes_the_same_instruction(itemsize, precision, arch):
     """sm_90 multiplies in another way from 64 rows and four warps on."""
-    for M, N, _, warps, _ in file._forms(arch, itemsize):
+    for M, N, _, warps, _ in file._forms(arch, itemsize, precision):
         assert M >= 64 and N >= 16 and warps >= 4
 
 
@@ -62,8 +63,10 @@ def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
     monkeypatch.setattr(file.launch, "INTERPRET", False)
     monkeypatch.setattr(file, "_tile", file._tile.__wrapped__)
 
-    def form(T, N, arch=90, itemsize=2):
-        config = file._config(T, N, 768, itemsize, arch)
+    monkeypatch.setattr(file.launch, "_gpus", lambda: False)  # whose table may say otherwise
+
+    def form(T, N, arch=90, itemsize=2, precision="ieee", multiprocessors=132):
+        config = file._config(T, N, 768, itemsize, precision, arch, multiprocessors)
         return config["BLOCK_M"], config["BLOCK_N"]
 
     assert form(16384, 768) == (128, 256)
@@ -77,6 +80,10 @@ def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
     assert form(1, 1, arch="gfx942") == (64, 64)
     assert form(16384, 768, itemsize=4) == (64, 64)
     assert form(128, 768, itemsize=4) == (64, 32)
+    assert form(16384, 768, itemsize=4, precision="tf32") == (128, 256)
+    assert form(128, 768, multiprocessors=58) == (64, 32)
+    assert form(16384, 1024, arch="gfx942") == (128, 128)
+    assert form(8192, 768, arch="gfx942", multiprocessors=304) == (64, 64)
 
 
 # -- oneDNN --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bert_fast.kernels import SPECS
+from bert_fast.kernels import SPECS, launch
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
@@ -116,10 +116,46 @@ def test_matches_definition(spec, case, dtype):
     assert_matches_definition(spec, case, dtype)
 
 
+class ContiguousResults(TorchDispatchMode):
+    """Fails where the result of an op is not contiguous, which torch.compile counts on."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "bert_fast":
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                assert t.is_contiguous(), f"{func} gave strides {t.stride()}"
+        return out
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("spec, case", cases(first=2))
 def test_any_layout(spec, case, layout):
-    assert_matches_definition(spec, case, torch.float32, layout=LAYOUTS[layout])
+    with ContiguousResults():
+        assert_matches_definition(spec, case, torch.float32, layout=LAYOUTS[layout])
+
+
+def test_tensors_on_several_devices_are_refused():
+    op = torch.ops.bert_fast.linear.default
+    x, weight = torch.ones(2, 3), torch.ones(4, 3, device="meta")
+    assert launch.one_device(op, (x, x, None, None, None, None)) == x.device
+    with pytest.raises(ValueError, match="linear: .* got x on cpu and weight on meta"):
+        launch.one_device(op, (x, weight, None, None, None, None))
+
+
+@pytest.mark.parametrize("where", [torch.backends, torch.backends.cuda.matmul])
+def test_tf32_is_allowed_as_torch_has_it_whoever_set_it(where, monkeypatch):
+    monkeypatch.setattr(launch, "arch", lambda: 90)
+    x = torch.ones(1)
+    assert launch.precision(x) == "ieee"
+    where.fp32_precision = "tf32"
+    try:
+        assert launch.precision(x) == "tf32"
+        assert launch.precision(x.half()) == "ieee"
+        monkeypatch.setattr(launch, "arch", lambda: "gfx90a")  # which has none
+        assert launch.precision(x) == "ieee"
+    finally:
+        where.fp32_precision = "none"
+    assert launch.precision(x) == "ieee"
 
 
 @pytest.mark.parametrize("spec, case", cases(first=2, packed=True))
