@@ -18,6 +18,7 @@ import threading
 from typing import NamedTuple
 
 import torch
+from torch.multiprocessing import reductions
 
 from . import kernels as ops
 from .architectures import find
@@ -209,12 +210,18 @@ class _AsOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, stacked, *parts):
-        ctx.sizes = [len(p) for p in parts]
+        ctx.parts, ctx.versions = parts, [p._version for p in parts]
         return stacked.view_as(stacked)
 
     @staticmethod
     def backward(ctx, grad):
-        return None, *grad.split(ctx.sizes)
+        # Autograd sees what is written to `stacked`, not to its parts.
+        if ctx.versions != [p._version for p in ctx.parts]:
+            raise RuntimeError(
+                "one of query, key and value has been modified by an inplace operation between"
+                " forward and backward; call backward first"
+            )
+        return None, *grad.split([len(p) for p in ctx.parts])
 
 
 def as_one(*parts):
@@ -260,8 +267,17 @@ def _movable(p):
         isinstance(p, torch.nn.Parameter)
         and not p.is_inference()
         and p.untyped_storage().nbytes() == p.nbytes
-        and not (p.device.type == "cpu" and p.is_shared())
+        and not _is_shared(p)
     )
+
+
+def _is_shared(p):
+    """Whether other processes have this memory. torch says so of everything on a GPU; what has been
+    sent or received is in the table of torch.multiprocessing."""
+    if p.device.type == "cpu":
+        return p.is_shared()
+    mine = reductions.StorageWeakRef(p.untyped_storage())
+    return any(mine == theirs for theirs in list(reductions.shared_cache.values()))
 
 
 def split_storage(model):

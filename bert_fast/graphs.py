@@ -8,11 +8,14 @@ raggedness nothing.
 Which calls     on a GPU, without gradients or autocast, of an encoder that does not decode, with a
                 mask [B, S] or none, for the usual outputs, in a bucket of MAX_TOKENS positions at
                 most. Others run as without graphs.
-When recorded   at a bucket's second call; the first compiles what runs
-When dropped    LIMIT are kept, of KEPT positions in all; the least recently used goes. All go where
-                weights are elsewhere than they were or a number in the recording (eps, scaling) has
-                changed, which is seen at the next call; where memory runs out; by `.to()` and
-                restore().
+When recorded   at a bucket's second call; the first compiles what runs. Models take turns, as
+                nobody may synchronize the device meanwhile; one who does gets an error, and the
+                graph is recorded at a later call.
+When dropped    LIMIT are kept, of KEPT positions in all. The least recently used makes way, once
+                STALE calls have passed without it: where more sizes than that recur, some run
+                without a graph, as recording takes longer than a forward. All go where weights are
+                elsewhere than they were or a number in the recording (eps, scaling) has changed,
+                which is seen at the next call; where memory runs out; by restore().
 Memory          one pool for the graphs of a model: what the largest bucket needs for a forward, and
                 for each graph its output, of KEPT rows in all at most
 """
@@ -26,12 +29,16 @@ from typing import NamedTuple
 
 import torch
 
+from .architectures import find
 from .coverage import asked, decodes
 from .inputs import Inputs, room
+from .kernels.launch import allows_tf32
 
 MAX_TOKENS = 2**15  # positions; with more, the GPU works longer than the CPU launches
-LIMIT = 16  # graphs of a model
+LIMIT = 64  # graphs of a model
 KEPT = 2**17  # positions of all graphs of a model
+STALE = 1000  # calls of a model
+ATTEMPTS = 3  # recordings that may fail
 NAME = "_bert_fast_no_cuda_graphs"  # of the mark on an encoder for which they are turned off
 
 logger = logging.getLogger("bert_fast")
@@ -44,7 +51,8 @@ class Bucket(NamedTuple):
     B: int
     S: int
     inputs: tuple  # (name, dtype, width or nothing) of each that is given; the mask always is
-    allow_tf32: bool
+    tables: tuple  # rows of each embedding; kernels stop at ids past the table that they know
+    allows_tf32: bool
 
 
 def bucket_of(model, inputs, kwargs):
@@ -60,18 +68,38 @@ def bucket_of(model, inputs, kwargs):
     mask = inputs.attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (B, S)):
         return None
-    tensors = inputs._replace(attention_mask=None)._asdict().items()
-    given = [(name, t) for name, t in tensors if t is not None and name != "use_cache"]
-    for name, t in given:
-        if name not in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
-            return None
-        if t.device != x.device or t.shape[:2] not in ((B, S), (1, S)):
-            return None
-    rows, columns = _size(B), max(S, min(-(-S // 64) * 64, room(model)))
+    beside = inputs.encoder_hidden_states, inputs.encoder_attention_mask, inputs.past_key_values
+    if any(t is not None for t in beside):
+        return None
+    kinds = []
+    for name in COPIED:
+        if (t := getattr(inputs, name)) is not None:
+            if t.device != x.device or t.shape[:2] not in ((B, S), (1, S)):
+                return None
+            kinds.append((name, t.dtype, t.shape[2:]))
+    tables = _tables(model)
+    if tables is None:
+        return None
+    most = room(model)
+    if inputs.position_ids is None and S > most:  # whether that fails depends on the padding
+        return None
+    rows, columns = _size(B), max(S, min(-(-S // 64) * 64, most))
     if not 0 < rows * columns <= MAX_TOKENS:
         return None
-    kinds = tuple((name, t.dtype, t.shape[2:]) for name, t in given)
-    return Bucket(rows, columns, kinds, torch.backends.cuda.matmul.allow_tf32)
+    return Bucket(rows, columns, tuple(kinds), tables, allows_tf32())
+
+
+COPIED = "input_ids", "inputs_embeds", "token_type_ids", "position_ids"
+
+
+def _tables(model):
+    """Rows of the embeddings; None where something else has taken their place."""
+    try:
+        parts = find(model, model.architecture.embeddings)
+        of = (parts.word, parts.position, parts.token_type)
+        return tuple(m.weight.shape[0] for m in of if m is not None)
+    except AttributeError:
+        return None
 
 
 def _size(B):
@@ -120,14 +148,15 @@ def there_are(device):
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-def _new_pool():
-    return torch.cuda.graph_pool_handle()
+def _new_pool(device):
+    """Memory for graphs, and the stream to record them in: memory is used again in one alone."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
 
 def _record(forward, pool, device):
     """forward() -> tensor as a graph: (function that replays it, the tensor that it fills)."""
+    pool, stream = pool
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             forward()  # a stream's first product of matrices allocates
@@ -141,30 +170,46 @@ def _record(forward, pool, device):
 
 @contextlib.contextmanager
 def _in_turn(done, device):
-    """The GPU takes what is launched here after what was launched here before, in any stream."""
+    """The GPU takes what is launched here after what was launched here before, in any stream: after
+    the event `done`, if there is one. Gives the event that is recorded behind it."""
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream()
-        if done:
-            stream.wait_event(done[0])
+        if done is None:
+            done = torch.cuda.Event()
         else:
-            done.append(torch.cuda.Event())
-        yield
-        done[0].record(stream)
+            stream.wait_event(done)
+        try:
+            yield done
+        finally:
+            done.record(stream)
 
 
 # -- the graphs of a model ------------------------------------------------------------------
+_recording = threading.Lock()  # of any model
+
+
+class Played(NamedTuple):
+    """What a graph gave before anything was checked."""
+
+    last: torch.Tensor  # last_hidden_state
+    recorded: list  # `Graphs._recorded` of that moment
+
+
 class Graphs:
     """The graphs of one encoder. Threads take turns."""
 
     def __init__(self):
         self.off = None  # why no more are recorded
         self._lock = threading.RLock()
-        self._done = []  # the event of the last replay
+        self._failures = 0
+        self._calls = 0
+        self._done = None  # the event after the last replay
         self._forget()
 
     def _forget(self):
-        for event in self._done:
-            event.synchronize()  # what a replay in another stream uses must not be freed under it
+        if self._done is not None:
+            self._done.synchronize()  # what a replay in another stream uses must not be freed
+        self._done = None
         self._graphs = collections.OrderedDict()  # Bucket -> _Graph, in the order of use
         self._seen = set()  # buckets that have run without a graph
         self._recorded = None  # what is the same in all graphs, as _burnt_in has it
@@ -186,51 +231,72 @@ class Graphs:
             return there
 
     def replay(self, bucket, inputs):
-        """last_hidden_state, if the call's bucket has a graph; right if then `hold` says so.
-        Nothing is checked before: the GPU's work hides the checks."""
+        """Played, if the call's bucket has a graph. Nothing is checked before: the GPU's work hides
+        the checks, and `result` says what it is worth."""
         with self._lock:
+            self._calls += 1
             graph = self._graphs.get(bucket)
             if graph is None:
                 return None
-            self._graphs.move_to_end(bucket)
             try:
-                with _in_turn(self._done, graph.mask.device):
-                    return graph.run(inputs)
+                return Played(self._run(bucket, graph, inputs), self._recorded)
             except torch.OutOfMemoryError as error:
                 self.drop(f"out of memory, {error}")
                 return None
 
-    def hold(self, model):
-        """Whether the graphs are still those of model as it is. Those that are not are dropped."""
-        with self._lock:
-            if self._graphs and self._recorded != _burnt_in(model):
-                self.drop()
-            return self.count > 0
+    def _run(self, bucket, graph, inputs):
+        self._graphs[bucket] = graph
+        self._graphs.move_to_end(bucket)
+        graph.used = self._calls
+        with _in_turn(self._done, graph.mask.device) as self._done:
+            return graph.run(inputs)
 
-    def record(self, model, bucket, inputs):
-        """last_hidden_state from a new graph, of a call that the kernels cover; None where there is
-        to be none: at a bucket's first call, or as recording failed."""
+    def check(self, model):
+        """Drop graphs that are not of model as it is."""
         with self._lock:
-            if self.off:
+            if self._recorded is not None and self._recorded != _burnt_in(model):
+                self.drop()
+
+    def result(self, model, bucket, inputs, played):
+        """last_hidden_state of a call that the kernels cover: what was played, if it was the model
+        as it is now; else of a new graph; None where there is to be none."""
+        with self._lock:
+            self.check(model)
+            if played is not None and played.recorded is self._recorded:
+                return played.last
+            if self.off or bucket in self._graphs:  # another thread's, meanwhile
                 return None
-            if not self.hold(model):
-                self._recorded = _burnt_in(model)
-                self._weights = [p.detach() for p in model.parameters()]
             if bucket not in self._seen:
                 self._seen.add(bucket)
                 return None
-            try:
-                self._pool = self._pool or _new_pool()
-                graph = _Graph(model, bucket, inputs, self._pool)
-                with _in_turn(self._done, graph.mask.device):
-                    last = graph.run(inputs)
-            except RuntimeError as error:  # out of memory too
-                self.drop(f"{type(error).__name__} while recording, {error}")
+            if not self._make_room(bucket):
                 return None
-            self._graphs[bucket] = graph
-            while self.count > LIMIT or sum(b.B * b.S for b in self._graphs) > KEPT:
-                self._graphs.popitem(last=False)
-            return last
+            return self._record(model, bucket, inputs)
+
+    def _make_room(self, bucket):
+        """Whether there is room for another graph, or one that is no longer used made it."""
+        while self.count >= LIMIT or sum(b.B * b.S for b in (bucket, *self._graphs)) > KEPT:
+            oldest = next(iter(self._graphs), None)
+            if oldest is None or self._calls - self._graphs[oldest].used < STALE:
+                return False
+            del self._graphs[oldest]
+        return True
+
+    def _record(self, model, bucket, inputs):
+        """last_hidden_state of a new graph; None where it could not be recorded."""
+        if self._recorded is None:
+            self._recorded = _burnt_in(model)
+            self._weights = [p.detach() for p in model.parameters()]
+        try:
+            with _recording:
+                self._pool = self._pool or _new_pool(model.device)
+                graph = _Graph(model, bucket, inputs, self._pool)
+            return self._run(bucket, graph, inputs)
+        except RuntimeError as error:
+            self._failures += 1
+            last = self._failures == ATTEMPTS or isinstance(error, torch.OutOfMemoryError)
+            self.drop(f"{type(error).__name__} while recording, {error}" if last else None)
+        return None
 
 
 def _burnt_in(model):
@@ -251,8 +317,10 @@ _of_models = weakref.WeakKeyDictionary()
 
 
 def turn(model, on):
-    """Turn graphs on or off for an encoder; whether that changes anything."""
-    if on == (NAME not in model.__dict__):
+    """Turn graphs on or off for an encoder; whether that changes anything. Those that are off as
+    recording failed may be tried again."""
+    failed = model in _of_models and _of_models[model].off
+    if on == (NAME not in model.__dict__) and not (on and failed):
         return False
     forget(model)
     if not on:

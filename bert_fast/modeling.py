@@ -75,6 +75,11 @@ def calls_of(model):
     return calls or model.__dict__.setdefault("_bert_fast_calls", Calls())
 
 
+@torch.compiler.assume_constant_result  # dynamo need not trace it
+def _say(reason):
+    logger.warning("bert_fast: the stock forward runs: %s", reason)
+
+
 # -- the encoders ---------------------------------------------------------------------------
 class _Encoder:
     """A transformers model whose encoder is bert_fast's; its `architecture` says where that is.
@@ -89,20 +94,21 @@ class _Encoder:
 
     def _run(self, stock_forward, kwargs, **inputs):
         """The forward of all of them: on the kernels, or stock_forward and the reason counted."""
-        given, last = Inputs(**inputs), None
+        given = Inputs(**inputs)
         graphs = graphs_of(self)
         bucket = bucket_of(self, given, kwargs) if graphs else None
-        if bucket:
-            last = graphs.replay(bucket, given)
+        played = graphs.replay(bucket, given) if bucket else None
         reason = reason_of_call(self, given, kwargs) or reason_of_model(self)
         if reason is None:
             reason = check(self, given)
-        if not torch.compiler.is_compiling() and calls_of(self).count(reason):
-            logger.warning("bert_fast: the stock forward runs: %s", reason)
+        if torch.compiler.is_compiling():
+            if reason is not None:
+                _say(reason)  # as it is traced: what is compiled counts no calls
+        elif calls_of(self).count(reason):
+            _say(reason)
         if reason is not None:
             return stock_forward(**inputs, **kwargs)
-        if bucket and (last is None or not graphs.hold(self)):
-            last = graphs.record(self, bucket, given)
+        last = graphs.result(self, bucket, given, played) if bucket else None
         if last is not None:
             return self._output(last, kwargs)
         try:
@@ -149,10 +155,11 @@ class _Encoder:
             output["hidden_states"] = states
         return output if asked(self, kwargs, "return_dict") is not False else output.to_tuple()
 
-    def _apply(self, fn, recurse=True):  # of .to() and the like: weights move
+    def _apply(self, fn, recurse=True):  # of .to() and the like, where weights may move
+        super()._apply(fn, recurse)
         if graphs := graphs_of(self):
-            graphs.drop()
-        return super()._apply(fn, recurse)
+            graphs.check(self)
+        return self
 
 
 def _tokens(mask, B, S, device):

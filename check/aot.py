@@ -64,7 +64,8 @@ class Driver:
 
     def __init__(self, target):
         self.target = target
-        count = next((g.multiprocessors for g in GPUS.values() if TARGETS[g.arch].triton == target), 132)
+        those = [g.multiprocessors for g in GPUS.values() if TARGETS[g.arch].triton == target]
+        count = those[0] if those else 132
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"multiprocessor_count": count}
         )

@@ -166,7 +166,8 @@ def batch_inside(t, i):
     return t.movedim(0, -2).contiguous().movedim(-2, 0) if t.ndim > 2 else t
 
 
-LAYOUTS = {f.__name__: f for f in (contiguous, rows_apart, columns_apart, columns_first, batch_inside)}
+_LAYOUTS = contiguous, rows_apart, columns_apart, columns_first, batch_inside
+LAYOUTS = {f.__name__: f for f in _LAYOUTS}
 
 
 def laid_out(inputs, layout):

@@ -34,9 +34,6 @@ from aot import BULK, GATED, compile_all, kernels_without_spec, launch_row, repo
 from roofline import GPUS, TARGETS, Instruction, analyse, flow, predict, width
 
 
-SM_90 = TARGETS["sm_90"].triton
-
-
 # -- what ships -----------------------------------------------------------------------------
 def test_every_launch_keeps_its_budgets():
     rows = report(SPECS, GATED, ["bfloat16", "float32"], jobs=2)
@@ -89,12 +86,14 @@ def test_a_batch_of_another_shape_compiles_nothing():
     sizes["max_position_embeddings"] = 512
     model = bert_fast.accelerate(stock_model(**sizes), cuda_graphs=False).half()
 
+    target = TARGETS["sm_90"].triton
+
     def kernels_of(B, S):
         mask = torch.ones(B, S, dtype=torch.bool)
         mask[0, S // 2 :] = False
         ids = torch.zeros(B, S, dtype=torch.int64)
         encode = partial(model, ids, mask)
-        return {(k.kernel.name, k.kernel.hash) for k in aot._launches(encode, {}, SM_90)}
+        return {(k.kernel.name, k.kernel.hash) for k in aot._launches(encode, {}, target)}
 
     with patch.object(encoder, "_stays_on_device", lambda device: True):
         first = kernels_of(4, 16)

@@ -59,7 +59,7 @@ def record_steps(forward, pool, device):
 def a_stand_in(monkeypatch):
     if not GPU:
         monkeypatch.setattr(graphs, "there_are", lambda device: True)
-        monkeypatch.setattr(graphs, "_new_pool", object)
+        monkeypatch.setattr(graphs, "_new_pool", lambda device: object())
         monkeypatch.setattr(graphs, "_record", record_steps)
         monkeypatch.setattr(encoder, "_stays_on_device", lambda device: True)
         monkeypatch.setattr(graphs, "_in_turn", lambda *_: contextlib.nullcontext())
@@ -130,16 +130,25 @@ def test_every_input_is_copied_in():
 
 
 @pytest.mark.parametrize("name, limit", [("LIMIT", 2), ("KEPT", 250)])  # buckets of 40, 80, 160
-def test_a_graph_is_recorded_at_the_second_call_and_the_oldest_goes(name, limit, monkeypatch):
+def test_a_graph_is_recorded_at_the_second_call_and_one_that_is_no_longer_used_makes_way(
+    name, limit, monkeypatch
+):
     monkeypatch.setattr(graphs, name, limit)
+    monkeypatch.setattr(graphs, "STALE", 6)
     _, model = pair()
-    at = {}
-    with torch.no_grad():
-        for call, rows in enumerate((1, 1, 2, 2, 1, 4, 4)):
-            model(input_ids=ids_of(DEVICE, (rows, 3)))
-            at[call] = count(model)
-    assert at == {0: 0, 1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
-    assert [bucket.B for bucket in graphs_of(model)._graphs] == [1, 4]
+
+    def there(*sizes):
+        with torch.no_grad():
+            for rows in sizes:
+                model(input_ids=ids_of(DEVICE, (rows, 3)))
+        return [bucket.B for bucket in graphs_of(model)._graphs]
+
+    assert there(1) == []
+    assert there(1) == [1]
+    assert there(2) == [1]
+    assert there(2) == [1, 2]
+    assert there(1, 4, 4, 1, 4) == [2, 1]  # all three recur: none is recorded again and again
+    assert there(1, 4) == [1, 4]  # 2 has not for six calls
 
 
 def moved(model):
@@ -258,8 +267,12 @@ def test_calls_without_a_bucket():
         assert bucket_of(model, Inputs(input_ids=ids[:0]), {}) is None
         assert bucket_of(model, Inputs(input_ids=ids[:, :0]), {}) is None
         most = graphs.MAX_TOKENS // 8
-        assert bucket_of(model, Inputs(input_ids=ids.new_zeros(8, most)), {})[:2] == (8, most)
-        assert bucket_of(model, Inputs(input_ids=ids.new_zeros(8, most + 1)), {}) is None
+        for length, bucket in ((most, (8, most)), (most + 1, None)):
+            positions = ids.new_zeros(1, length)
+            long = Inputs(input_ids=ids.new_zeros(8, length), position_ids=positions)
+            found = bucket_of(model, long, {})
+            assert (found and found[:2]) == bucket
+            assert bucket_of(model, long._replace(position_ids=None), {}) is None  # its padding decides
         with torch.autocast(DEVICE, torch.bfloat16):
             assert bucket_of(model, given, {}) is None
         decoder = bert_fast.accelerate(stock_model(is_decoder=True))
@@ -303,9 +316,12 @@ def fails(error):
 def test_where_recording_fails_the_call_does_not(error, monkeypatch, caplog):
     monkeypatch.setattr(graphs, "_record", fails(error))
     plain, model = pair()
+    ours = graphs_of(model)
     with torch.no_grad():
-        for _ in range(3):
+        for call in range(8):
             assert_same(model, plain, **inputs_of())
+            if "permitted" in str(error):  # may be over: a thread waited for the device
+                assert (ours.off is None) == (call < 5)
     assert caplog.text.count("CUDA graphs are off") == 1
     why = f"{type(error).__name__} while recording, {error}"
     assert f"    0 CUDA graphs, off: {why}" in str(bert_fast.report(model))
@@ -379,8 +395,67 @@ def test_to_another_place_frees_them():
     with torch.no_grad():
         model(**inputs_of()), model(**inputs_of())
     assert count(model) == 1
+    assert model.to(DEVICE).eval() is model  # as some do before each call
+    assert count(model) == 1
     model.to(torch.float64)
     assert count(model) == 0
+
+
+def test_an_embedding_of_other_ids_is_never_read_from_an_old_table():
+    """Where an id is outside of it, a kernel stops, and with it all that the process has there."""
+    plain, model = pair()
+    ids = ids_of(DEVICE)
+    with torch.no_grad():
+        model(ids), model(ids)
+        recorded = graphs_of(model)
+        for m in (plain, model):
+            torch.manual_seed(0)
+            m.resize_token_embeddings(120)
+        ids[0, 0] = 119
+        assert recorded.replay(bucket_of(model, Inputs(input_ids=ids), {}), None) is None
+        for _ in range(3):
+            assert_same(model, plain, input_ids=ids)
+        model.embeddings.token_type_embeddings = torch.nn.Identity()
+        assert bucket_of(model, Inputs(input_ids=ids), {}) is None
+
+
+def test_what_was_played_before_others_recorded_anew_is_not_taken():
+    plain, model = pair()
+    given = Inputs(**inputs_of())
+    with torch.no_grad():
+        model(**inputs_of()), model(**inputs_of())
+        held, bucket = graphs_of(model), bucket_of(model, given, {})
+        old = held.replay(bucket, given)
+        assert held.result(model, bucket, given, old) is old.last
+        for m in (plain, model):
+            another_parameter(m)
+        for _ in range(2):  # other threads: the first drops the graphs, the next records
+            assert_same(model, plain, **inputs_of())
+        assert held.count == 1 and held.result(model, bucket, given, old) is None
+
+
+def test_graphs_that_are_off_as_recording_failed_may_be_tried_again(monkeypatch, caplog):
+    _, model = pair()
+    with torch.no_grad(), monkeypatch.context() as patched:
+        patched.setattr(graphs, "_record", fails(torch.OutOfMemoryError("no 2 GiB")))
+        model(**inputs_of()), model(**inputs_of())
+    assert graphs_of(model).off
+    bert_fast.accelerate(model)
+    with torch.no_grad():
+        model(**inputs_of()), model(**inputs_of())
+    assert count(model) == 1 and "already" not in caplog.text
+
+
+def test_graphs_stand_beside_torchs_switch_for_tf32():
+    _, model = pair()
+    given = Inputs(**inputs_of())
+    with torch.no_grad():
+        without = bucket_of(model, given, {})
+        torch.backends.fp32_precision = "tf32"
+        try:
+            assert bucket_of(model, given, {}) == without._replace(allows_tf32=True)
+        finally:
+            torch.backends.fp32_precision = "none"
 
 
 def test_accelerate_turns_them_on_and_off(caplog):

@@ -138,7 +138,7 @@ def test_tensors_on_several_devices_are_refused():
     op = torch.ops.bert_fast.linear.default
     x, weight = torch.ones(2, 3), torch.ones(4, 3, device="meta")
     assert launch.one_device(op, (x, x, None, None, None, None)) == x.device
-    with pytest.raises(ValueError, match="linear: .* got x on cpu and weight on meta"):
+    with pytest.raises(ValueError, match="got x on cpu and weight on meta"):
         launch.one_device(op, (x, weight, None, None, None, None))
 
 

@@ -92,6 +92,7 @@ def without_values(monkeypatch):
         pytest.skip("of launchers, without a GPU")
     monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(launch, "arch", lambda: 90)
+    monkeypatch.setattr(launch, "multiprocessors", lambda: 132)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(JITFunction, "__getitem__", lambda kernel, grid: lambda *args, **kw: None)
 
