@@ -5,16 +5,18 @@
 
 Shapes     x [T, K], weight [N, K], bias [N]; residual, y [T, N].
 Precision  Sums in fp32, GELU and residual too; y is rounded once, to the dtype of x. fp32 products
-           are exact fp32 ("ieee") unless torch.backends.cuda.matmul.fp32_precision allows TF32. GELU of 16
-           bits is a polynomial within half an ulp, see pointwise.py; with a residual it is erf.
+           are exact fp32 ("ieee") unless torch.backends.cuda.matmul.fp32_precision allows TF32.
+           GELU of 16 bits is a polynomial within half an ulp, see pointwise.py; with a residual it
+           is erf.
 Batches    The kernel gives a row of y the same bits whatever the other rows, and however many. Each
            number is one chain of sums over K; the number of rows chooses the tile, and so how often
            a program waits for memory, and never the instruction that adds or its order.
-CPU        oneDNN, on the weight as it lies, where it can: torch's own linear gives fp32 to MKL,
-           half as fast on AMD and about as fast on Intel. oneDNN adds up K in one chain, MKL in
-           shorter ones: in fp32 a layer errs 1.4 to 1.7 times as far, some 1e-6 of its values.
-           GELU or the residual is taken before y leaves the cache. 16 bits without instructions for
-           them are multiplied in fp32.
+CPU        With AVX-512, oneDNN on the weight as it lies: torch's own linear gives fp32 to MKL,
+           half as fast on AMD, whose AVX-512 it does not use, and about as fast on Intel. oneDNN
+           adds up K in one chain, MKL in shorter ones: in fp32 a layer errs 1.4 to 1.7 times as
+           far, some 1e-6 of its values. GELU or the residual is taken before y leaves the cache.
+           Without AVX-512, torch's own: oneDNN takes 1.0 to 1.2 times as long, and its GELU more.
+           16 bits without instructions for them are multiplied in fp32.
 Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over rows, dresidual = dy.
            Products of torch in the dtype of x, dz rounded to it. Where act is GELU, z is computed
            again instead of kept: one more product, a third of the largest activation less.
@@ -249,15 +251,21 @@ SMALL = 2**14  # elements of a weight for which oneDNN's 10 us a call are more t
 
 ROWS = 64  # of x, that a layout is chosen for; it suits any number of them
 
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+FEW = 24  # rows for which oneDNN in its own layout is ahead of MKL without AVX-512; with more of 16
+# bits it still spares the conversion of the weight
+
 _product, _product_and_add = _find_products()
 _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _product else None
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _onednn_takes(x, weight, residual):
+def _onednn_takes(x, weight, residual, prepacked=False):
     tensors = [t for t in (x, weight, residual) if t is not None]
     return (
         _product is not None
+        and (AVX512 or prepacked)
         and x.dtype in ONEDNN_DTYPES
         and launch.cpu_multiplies(x.dtype)
         and weight.numel() >= SMALL
@@ -288,19 +296,21 @@ def _plain_rows(x, weight, bias, activation, residual):
 
 
 def _onednn(x, weight, bias, activation, residual):
-    if activation:
-        y = _product(x, weight, bias, "gelu", [], "none")  # "none": not the tanh form
-        return y if residual is None else y.add_(residual)
-    if residual is not None:
+    if residual is not None and not activation:
         return _product_and_add(x, residual, weight, bias, "add")
-    return _product(x, weight, bias, "none", [], "")
+    if activation and AVX512:
+        y = _product(x, weight, bias, "gelu", [], "none")  # "none": not the tanh form
+    else:
+        y = _product(x, weight, bias, "none", [], "")
+        y = F.gelu(y) if activation else y
+    return y if residual is None else y.add_(residual)
 
 
 def prepack(weight):
     """weight [N, K] in the layout that oneDNN computes in, in fp32 where linear would compute in
     fp32, for prepacked_linear; None where linear would not give it to oneDNN."""
     (weight,) = launch.for_products(weight)
-    if _reorder is None or not _onednn_takes(weight[:1], weight, None):
+    if _reorder is None or not _onednn_takes(weight[:1], weight, None, prepacked=True):
         return None
     return _reorder(weight, ROWS)
 
@@ -313,6 +323,7 @@ def takes_prepacked(x):
         and not launch.INTERPRET
         and torch.backends.mkldnn.enabled
         and x.shape[0] > 0
+        and (AVX512 or x.shape[0] <= FEW or not launch.cpu_multiplies(x.dtype))
     )
 
 

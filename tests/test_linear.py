@@ -90,6 +90,7 @@ def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
 @pytest.mark.skipif(KERNELS, reason="oneDNN is for the CPU's own implementation")
 @torch.no_grad()
 def test_onednn_is_taken_and_may_be_switched_off(monkeypatch):
+    monkeypatch.setattr(file, "AVX512", True)
     args = operands(5, 128, 128, torch.float32)
     residual = torch.randn(5, 128)
     calls = []
@@ -110,6 +111,9 @@ def test_onednn_is_taken_and_may_be_switched_off(monkeypatch):
     linear(args[0], args[1].mT.contiguous().mT, args[2])  # slow there, as is the next
     linear(*args, residual=residual.mT.contiguous().mT)
     linear(*operands(5, 8, 8, torch.float32))  # not worth it
+    assert len(calls) == 4
+    monkeypatch.setattr(file, "AVX512", False)  # nor there
+    linear(*args)
     assert len(calls) == 4
 
 
