@@ -75,13 +75,15 @@ def main(description):
 def run(results, todo, device, dtypes, budget=None, brief=False, hurried=False, quick=False):
     """Measure todo, a list of (workload, names of contenders or None, seconds), into results.
 
-    budget   seconds after which nothing is started; None for as long as it takes
+    budget   seconds, in which nothing is started that would take longer than what is left of them
+             if it took as long as the longest before; None for as long as it takes
     brief    a line for each workload in place of a table
     hurried  whether what takes minutes to build is left out from the start, not from half of the
              budget on
     quick    whether the ceilings are left out
 
-    Returns whether no row is FAILED.
+    Rows take the place of those that results has of the same workloads. Returns whether no row is
+    FAILED.
     """
     started = time.monotonic()
     clock, sensors = clock_of(device), Sensors(device)
@@ -89,20 +91,27 @@ def run(results, todo, device, dtypes, budget=None, brief=False, hurried=False, 
     say = (lambda rows: print(line(rows), flush=True)) if brief else (
         lambda rows: console.print(table(rows), "")
     )  # fmt: skip
-    if not quick and (not budget or budget > 1):
+    if not quick and (budget is None or budget > 1) and results.content["ceilings"] is None:
         results.add(ceilings=ceilings(clock, device, dtypes))
-    for item, only, seconds in todo:
-        used = time.monotonic() - started
-        if budget and used > budget:
-            rows = skipped(item, f"the budget of {budget:g} s is used up")
-        else:
-            in_haste = hurried or (bool(budget) and used > budget / 2)
-            reached = results.content["ceilings"]
-            reached = reached and {"B": reached["B"], "C": reached["C"][item.precision]}
-            rows = measure(item, clock, seconds, reached, only, in_haste, sensors)
+    longest = 0.0
+    for n, (item, only, seconds) in enumerate(todo):
+        begun = time.monotonic()
+        used = begun - started
+        if budget is not None and used + longest > budget:
+            known = {(row["workload"], row["dtype"]) for row in results.content["rows"]}
+            left = [of for of, _, _ in todo[n:] if (of.name, of.precision) not in known]
+            why = f"the budget of {budget:g} s is used up"
+            results.add(rows=[row for of in left for row in skipped(of, why)])
+            print(f"skipped: {len(todo) - n} of {len(todo)} workloads, {why}", flush=True)
+            break
+        in_haste = hurried or (budget is not None and used > budget / 2)
+        reached = results.content["ceilings"]
+        reached = reached and {"B": reached["B"], "C": reached["C"][item.precision]}
+        rows = measure(item, clock, seconds, reached, only, in_haste, sensors)
         results.add(rows=rows)
         if not brief or any(row["status"] != "skipped" for row in rows):
             say(rows)
+        longest = max(longest, time.monotonic() - begun)
     return all(row["status"] != "FAILED" for row in results.content["rows"])
 
 
@@ -137,8 +146,10 @@ def _add_arguments(parser):
         "--workload", metavar="NAME", action="append", default=[],
         help='any size and lengths, as "base full-128x8" or "train large squad-384"',
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, help="of rounds of a workload; 3 rounds at least")
-    parser.add_argument("--budget", metavar="SECONDS", type=float, help="start nothing after it")
+    parser.add_argument("--seconds", type=float, help="of rounds of a workload; 6 rounds at least")
+    parser.add_argument(
+        "--budget", metavar="SECONDS", type=float, help="begin nothing that may pass it"
+    )
     parser.add_argument("--output", metavar="FILE.json", type=Path)
 
 

@@ -1,7 +1,8 @@
 """Compare two result files: what got slower, or wrong, beyond the intervals.
 
 Compared are speeds relative to the baseline of the same run, since absolute times belong to one
-machine in one minute. A ratio has changed where the intervals of the two do not meet.
+machine in one minute. A ratio has changed where the intervals of the two do not meet and the
+medians are more than 2 % apart, as an interval is of one run. Only ours can be a regression.
 """
 
 import sys
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 KEY = ("workload", "dtype", "contender", "baseline")
+NOISE = 1.02  # times as fast, or slow, that a median is in another run
 
 
 def add_arguments(parser):
@@ -31,9 +33,12 @@ def main(options, fail):
     if not found:
         fail(f"{options.before} and {options.after} have no row in common")
     console.print(table(found))
-    worse = [c for c in found if c["verdict"] in ("slower", "lost", "FAILED")]
+    worse = [
+        c for c in found
+        if c["verdict"] in ("slower", "lost", "FAILED") and c["contender"].startswith("ours")
+    ]  # fmt: skip
     same = sum(c["verdict"] == "same" for c in found)
-    console.print(f"{len(found)} rows in both: {len(worse)} worse, {same} within their intervals")
+    console.print(f"{len(found)} rows in both: {len(worse)} of ours worse, {same} the same")
     return int(bool(worse))
 
 
@@ -59,11 +64,11 @@ def changes(before, after):
         x, y = _interval(row, before), _interval(other, after)
         if other["status"] != "ok":
             verdict = "FAILED" if other["status"] == "FAILED" else "lost"
-        elif x is None or y is None:
+        elif x is None or y is None or other["ratio_median"] is None:
             continue
-        elif y[1] < x[0]:
+        elif y[1] < x[0] and other["ratio_median"] * NOISE < row["ratio_median"]:
             verdict = "slower"
-        elif y[0] > x[1]:
+        elif y[0] > x[1] and other["ratio_median"] > row["ratio_median"] * NOISE:
             verdict = "faster"
         else:
             verdict = "same"

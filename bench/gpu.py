@@ -1,9 +1,9 @@
 """What `make gpu` runs on a bare machine with a GPU, in parts that each write a file at once.
 
 tests     the test suite, on the real kernels
-sanitize  compute-sanitizer's memcheck and racecheck over small cases of every op, and attention
-          compiled by every PTX compiler at hand: triton 3.6 brings one that can miscompile it on
-          Hopper
+sanitize  attention compiled by every PTX compiler at hand, as triton 3.6 brings one that can
+          miscompile it on Hopper; compute-sanitizer's memcheck and racecheck over small cases of
+          every op
 bench     the models and ops that matter most, in every dtype
 tune      launch configurations, into kernels/tuned/
 ncu       what Nsight Compute counts in each kernel
@@ -18,19 +18,21 @@ import os
 import re
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
+import tune
 from measure import clock_of
 from model_workloads import PLANS
 from nvidia_tools import ncu, ptx, sanitize
 from process import run_limited
 from result_schema import read
 from results import Results, commit, device_of, file_name
-from tune import TABLES, tune, write_table
 
-from bert_fast.kernels import launch
+from bert_fast.kernels import SPECS, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"tests": 200.0, "sanitize": 70.0, "bench": 150.0, "tune": 60.0, "ncu": 30.0}  # seconds
@@ -45,19 +47,34 @@ TESTS = tuple(
         "decoder", "attention_interface",
     )
 )  # fmt: skip
-HEAD = 5  # models of the plan that come before the ops; as many again come behind their first cases
-DTYPES = {  # what each dtype is measured on, the first ones first; None for everything
-    "bfloat16": None,
-    "float16": ("base squad-384", "base full-512", "attention", "layer_norm", "gelu"),
-    "tf32": ("base squad-384", "base full-512"),
-    "float32": ("base squad-384", "base full-512", "attention"),
-}
+OPS = tuple(spec.name for spec in SPECS)
+HEAD = (
+    "base squad-384", "base full-128x128", "base full-512", "large full-384x43", "base batch-1",
+)  # fmt: skip
+BRIEF = ("FlashAttention unpadded", "stock sdpa, CUDA graphs", "ours, without graphs", "ours")
+STAGES = (  # what is measured, in this order: dtype, models or ops, how many cases of an op
+    ("bfloat16", HEAD, None),
+    ("float32", ("base squad-384",), None),
+    ("tf32", ("base squad-384",), None),
+    ("bfloat16", ("train base wikipedia-512",), None),
+    ("bfloat16", OPS, 6),
+    ("float32", ("linear",), 4),
+    ("bfloat16", PLANS["cuda"], None),
+    ("bfloat16", OPS, None),
+    ("float16", ("base squad-384", "base full-512", "attention", "layer_norm", "gelu"), None),
+    ("tf32", ("base full-512",), None),
+    ("float32", ("base full-512", "attention", "linear"), None),
+    ("bfloat16", tuple(f"{name} backward" for name in OPS), None),  # PyTorch's kernels
+)
+DTYPES = tuple(dict.fromkeys(dtype for dtype, _, _ in STAGES))
 
 
 def add_arguments(parser):
     parser.add_argument("--part", choices=LIMITS, help="this alone, done or not")
     parser.add_argument("--folder", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="after which it is killed")
+    parser.add_argument(
+        "--until", type=float, metavar="TIME", help="nothing is begun after this Unix time"
+    )
 
 
 def main(options, fail):
@@ -65,10 +82,12 @@ def main(options, fail):
         fail("gpu: torch finds no GPU here; `bench all` measures the CPU")
     if reason := launch.missing("cuda"):
         fail(f"gpu: {reason}")
+    # Time passes in Python's imports too, so a part is told when it ends, not what it has.
+    seconds = options.until - time.time() if options.until else ALONE if options.part else ALL
     known = device_of(torch.device("cuda"))
     if options.part:
-        return run_part(options.part, known, options.folder, options.limit or ALONE)
-    return run_all(known, options.folder, options.limit or ALL)
+        return run_part(options.part, known, options.folder, time.monotonic() + seconds)
+    return run_all(known, options.folder, seconds)
 
 
 def run_all(known, folder, seconds):
@@ -87,7 +106,7 @@ def run_all(known, folder, seconds):
             failed.append(part)
             continue
         command = [sys.executable, str(ROOT / "bench"), "gpu", "--part", part]
-        command += ["--folder", str(folder), "--limit", f"{limit - MARGIN:.0f}"]
+        command += ["--folder", str(folder), "--until", f"{time.time() + limit - MARGIN:.1f}"]
         returncode, lines = run_limited(command, limit)
         print("\n".join(lines[-40:]), flush=True)
         if returncode is None:
@@ -110,20 +129,24 @@ def done_before(path):
     return content if content.get("complete") and content["git commit"] == now else None
 
 
-def run_part(part, known, folder, seconds):
+def run_part(part, known, folder, end):
     path = folder / file_name(known, part)
     results = Results(path, known, part)
     passed = {
         "tests": _tests, "sanitize": _sanitize, "bench": _bench, "tune": _tune, "ncu": _ncu
-    }[part](results, seconds)  # fmt: skip
+    }[part](results, end)  # fmt: skip
     results.add(complete=True, passed=passed)
     print(f"{part}: {'passed' if passed else 'FAILED'}, {path}", flush=True)
     return int(not passed)
 
 
-# -- the parts: (results, seconds) -> whether it passed -------------------------------------
-def _tests(results, seconds):
-    ran = run_tests(seconds)
+# -- the parts: (results, end by time.monotonic()) -> whether it passed ---------------------
+def left(end):
+    return max(end - time.monotonic(), 0.0)
+
+
+def _tests(results, end):
+    ran = run_tests(left(end))
     results.add(tests=ran)
     print("\n".join([*ran["failed"][:10], ran["summary"]]))
     return ran["returncode"] == 0
@@ -151,63 +174,61 @@ def run_tests(seconds, tests=TESTS):
     }
 
 
-def _sanitize(results, seconds):
-    started, found = time.monotonic(), []
-    for tool in ("memcheck", "racecheck"):
-        found.append(sanitize(tool, (seconds - (time.monotonic() - started)) / 2))
-        results.add(sanitize=found)
-        print(f"{tool}: {found[-1]['status']} {found[-1]['reason'] or ''}")
-    compilers = ptx(max(seconds - (time.monotonic() - started), MARGIN))
+def _sanitize(results, end):
+    compilers, found = ptx(left(end) / 2), []
     results.add(ptx=compilers)
     for entry in compilers:
-        print(f"{entry['compiler']}: {entry['status']} {entry['reason'] or ''}")
+        print(f"{entry['compiler']}: {entry['status']} {entry['reason'] or ''}", flush=True)
+    for tool, share in (("memcheck", 2), ("racecheck", 1)):
+        found.append(sanitize(tool, left(end) / share))
+        results.add(sanitize=found)
+        print(f"{tool}: {found[-1]['status']} {found[-1]['reason'] or ''}", flush=True)
     return all(entry["status"] != "FAILED" for entry in found + compilers)
 
 
-def _bench(results, seconds):
+def _bench(results, end):
+    """All in brief. A part of its own gives half of its time to HEAD again, with everyone."""
     import cli  # it imports this module
 
-    hurried = seconds < ALONE / 2  # what takes minutes to build would take them all
-    todo, device = plan(), torch.device("cuda")
-    return cli.run(results, todo, device, list(DTYPES), seconds, brief=True, hurried=hurried)
+    todo, device, run = plan(), torch.device("cuda"), partial(cli.run, results, brief=True)
+    if left(end) < ALONE / 2:
+        return run(todo, device, DTYPES, left(end), hurried=True)
+    run(todo, device, DTYPES, left(end) / 2, hurried=True)
+    again = [(item, None, seconds) for item, _, seconds in todo[: len(HEAD)]]
+    return run(again, device, DTYPES, left(end))
 
 
 def plan():
-    """What the part measures, what matters most first, as cli.run takes it."""
+    """What STAGES name, nothing twice, as cli.run takes it: of a model the contenders of BRIEF."""
     import cli
 
-    todo = []
-    for dtype, only in DTYPES.items():
-        for item in cli.workloads("all", [dtype], torch.device("cuda"), quick=False):
-            if only is None or item[0].name.partition("(")[0] in only:
-                todo.append(item)
-    models, seen, order = PLANS["cuda"], Counter(), []
-    for workload, _, _ in todo:
-        if workload.name in models:
-            place = models.index(workload.name)
-            stage = 3 if workload.precision != "bfloat16" else 0 if place < HEAD else 2
-            stage = 5 if place >= 2 * HEAD and stage == 2 else stage
-        else:  # of each op the first cases, then the second ones, ...
-            group = workload.name.partition("(")[0], workload.kind, workload.precision
-            place = seen[group]
-            seen[group] += 1
-            stage = 6 if workload.precision != "bfloat16" else 1 if place < 2 else 4
-        order.append((stage, place, len(order)))
-    return [todo[n] for _, _, n in sorted(order)]
+    device, todo = torch.device("cuda"), []
+    found = {dtype: defaultdict(list) for dtype in DTYPES}
+    for dtype, of in found.items():
+        for item, names, seconds in cli.workloads("all", [dtype], device, quick=False):
+            if item.kind in ("inference", "training"):
+                names = (*BRIEF, "stock eager") if item.name in HEAD else BRIEF
+            kind = " backward" if item.kind == "backward" else ""
+            of[item.name.partition("(")[0] + kind].append((item, names, seconds))
+    for dtype, names, cases in STAGES:  # of each op the first case, then the second ones, ...
+        for turn in zip_longest(*(found[dtype][name][:cases] for name in names)):
+            todo += [entry for entry in turn if entry and entry not in todo]
+    return todo
 
 
-def _tune(results, seconds):
+def _tune(results, end):
     device, name = torch.device("cuda"), results.content["device"]["name"]
-    tables = tune(results, clock_of(device), device, seconds)
-    write_table(TABLES / f"{launch.slug(name)}.json", name, tables)
+    path = tune.TABLES / f"{launch.slug(name)}.json"
+    dtypes = tune.DTYPES if left(end) > ALONE / 2 else tune.DTYPES[:1]
+    tables = tune.tune(results, clock_of(device), device, end, path, dtypes=dtypes)
     for op, keys in tables.items():
         for key, config in keys.items():
             print(f"{op}, {key}: {json.dumps(config)}")
     return True
 
 
-def _ncu(results, seconds):
-    results.add(ncu=ncu(seconds))
+def _ncu(results, end):
+    results.add(ncu=ncu(left(end)))
     found = results.content["ncu"]
     print(f"ncu: {len(found['kernels'])} kernels {found['reason'] or ''}")
     return found["status"] != "FAILED"

@@ -12,6 +12,8 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 
 from process import run_limited
@@ -49,8 +51,9 @@ def sanitize(tool, seconds):
     found = [line for line in said if FINDING.match(line)]
     ended = any(line.startswith(("ERROR SUMMARY", "RACECHECK SUMMARY")) for line in said)
     entry |= {"findings": found[:20], "seconds": time.monotonic() - started, "reason": None}
-    if returncode is None:
-        return {**entry, "status": "FAILED", "reason": f"killed after {seconds:.0f} s"}
+    if returncode is None:  # of what it had not come to nothing is known
+        status = "FAILED" if found else "skipped"
+        return {**entry, "status": status, "reason": f"killed after {seconds:.0f} s"}
     if any("not supported" in line for line in said):
         return {**entry, "reason": next(line for line in said if "not supported" in line)}
     if returncode == 0 and ended:
@@ -81,16 +84,17 @@ def ptx(seconds, found=None):
     """
     found = compilers() if found is None else found
     entries = []
-    for n, path in enumerate(found):
-        _, lines = run_limited([str(path), "--version"], 5)
-        version = next(iter(re.findall(r"V([\d.]+)", " ".join(lines))), None)
+    with ThreadPoolExecutor(max(len(found), 1)) as pool:  # each waits for a process
+        ran = list(pool.map(lambda path: _compiled_by(path, seconds), found))
+    for n, (path, (version, returncode, lines)) in enumerate(zip(found, ran, strict=True)):
         entry = {"compiler": path.name if n else "triton's ptxas", "version": version, "cases": {}}
-        with tempfile.TemporaryDirectory() as cache:
-            env = {**os.environ, "TRITON_PTXAS_PATH": str(path), "TRITON_CACHE_DIR": cache}
-            returncode, lines = run_limited(_python("attention"), seconds / len(found), env=env)
         cases = _last_json(lines)
+        if returncode is None:
+            why = f"killed after {seconds:.0f} s"
+            entries.append({**entry, "status": "skipped", "reason": why})
+            continue
         if returncode != 0 or cases is None:
-            why = "killed at its limit" if returncode is None else (lines or ["no output"])[-1]
+            why = (lines or ["no output"])[-1]
             entries.append({**entry, "status": "FAILED", "reason": why})
             continue
         wrong = [
@@ -112,6 +116,15 @@ def ptx(seconds, found=None):
     return entries
 
 
+def _compiled_by(path, seconds):
+    """(the compiler's version, exit status, output) of attention."""
+    _, lines = run_limited([str(path), "--version"], 5)
+    version = next(iter(re.findall(r"V([\d.]+)", " ".join(lines))), None)
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "TRITON_PTXAS_PATH": str(path), "TRITON_CACHE_DIR": cache}
+        return version, *run_limited(_python("attention"), seconds, env=env)
+
+
 def _last_json(lines):
     for line in reversed(lines):
         if line.startswith("{"):
@@ -126,16 +139,20 @@ def ncu(seconds):
         return {"status": "skipped", "reason": "ncu is not on the PATH", "kernels": []}
     command = [
         "ncu", "--clock-control", "none",  # the machine's clocks stay as they are
-        "--profile-from-start", "off", "--csv", "--page", "raw", "--metrics", ",".join(METRICS),
-        *_python("profile"),
+        "--profile-from-start", "off", "--kernel-name", "regex:^_",  # ours
+        "--csv", "--page", "raw", "--metrics", ",".join(METRICS), *_python("profile"),
     ]  # fmt: skip
     returncode, lines = run_limited(command, seconds)
     start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
     kernels = [] if start is None else [_counted(r) for r in csv.DictReader(lines[start:])]
     kernels = [k for k in kernels if k["kernel"]]
+    launched = _last_json(lines) or {"ops": []}  # in the order of the kernels
+    kernels = [{"op": op, **k} for op, k in zip_longest(launched["ops"][: len(kernels)], kernels)]
     if kernels:
         reason = None if returncode == 0 else "not all: killed at its limit"
         return {"status": "ok", "reason": reason, "kernels": kernels}
+    if returncode is None:
+        return {"status": "skipped", "reason": f"killed after {seconds:.0f} s", "kernels": []}
     said = next((line for line in lines if "ERR" in line or "rror" in line), "no output")
     # Counters that this machine does not give to its users are no failure of the kernels.
     return {"status": "skipped", "reason": said.strip("= "), "kernels": []}

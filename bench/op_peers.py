@@ -176,22 +176,8 @@ def _indexed(x, packed_row):
     return run
 
 
-def _linear(x, weight, bias=None, activation=None, residual=None, library=None, **_):
-    """F.linear through cuBLAS or cuBLASLt, or through whichever torch prefers."""
-    if library and x.device.type != "cuda":
-        raise Skip(f"{library} runs on a GPU alone")
-
-    def product():
-        if not library:
-            return F.linear(x, weight, bias)
-        before = torch.backends.cuda.preferred_blas_library()
-        torch.backends.cuda.preferred_blas_library(library)
-        try:
-            return F.linear(x, weight, bias)
-        finally:
-            torch.backends.cuda.preferred_blas_library(before)
-
-    return lambda: _followed(product(), activation, residual)
+def _linear(x, weight, bias=None, activation=None, residual=None, **_):
+    return lambda: _followed(F.linear(x, weight, bias), activation, residual)
 
 
 def _followed(y, activation, residual):
@@ -209,6 +195,28 @@ def _bare(x, weight, bias=None, activation=None, residual=None, **_):
 
 def _with_the_rest(y, activation=None, residual=None, **_):
     return [_followed(y, activation, residual)]  # outside of the clock's sight
+
+
+def _cublas(x, weight, **_):
+    """The product alone: with a bias torch takes cuBLASLt, whatever is preferred."""
+    if x.device.type != "cuda":
+        raise Skip("cuBLAS runs on a GPU alone")
+    if x.requires_grad:
+        raise Skip("forward alone: what follows the product has gradients too")
+    return partial(_without_lt, x, weight)
+
+
+def _without_lt(x, weight):
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublas")
+    try:
+        return F.linear(x, weight)
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+def _with_bias_and_the_rest(y, bias=None, **rest):
+    return _with_the_rest(y if bias is None else y + bias, **rest)
 
 
 # The baseline of each op: what one would write with torch alone.
@@ -234,8 +242,7 @@ OTHERS = {
         Contender("Liger", _liger_layer_norm, lambda result, inputs: [result]),
     ),
     "linear": (
-        peer("cuBLAS", partial(_linear, library="cublas")),
-        peer("cuBLASLt", partial(_linear, library="cublaslt")),
+        peer("cuBLAS product", _cublas, _with_bias_and_the_rest),
         peer("bare product", _bare, _with_the_rest),
     ),
 }  # fmt: skip

@@ -24,14 +24,14 @@ DIFFERENTIATED = 4  # cases of an op
 
 
 def ops(dtype, device, quick, tf32=False):
-    """A workload for each bench case of each op; if quick, for the first case alone.
+    """A workload for each bench case of each op; if quick, for its small whole one alone.
 
     For the first few cases of an op that has gradients, their backward too.
     """
     found = []
     for spec in SPECS:
         cases = (*spec.bench, *MORE.get(spec.name, ()))
-        for n, case in enumerate(cases[: 1 if quick else None]):
+        for n, case in enumerate((spec.whole,) if quick else cases):
             found.append(_workload(spec, case, dtype, device, tf32))
             if n < DIFFERENTIATED and _differentiable(spec):
                 found.append(_workload(spec, case, dtype, device, tf32, backward=True))
@@ -109,7 +109,7 @@ OURS = Contender(
 
 
 # -- backward -------------------------------------------------------------------------------
-PRODUCTS_OF_BACKWARD = 2.5  # times those of forward: attention's five to two; linear has 2
+PRODUCTS_OF_BACKWARD = {"attention": 2.5}  # times those of forward: five to two; of others 2
 
 
 def _leaves(inputs):
@@ -127,8 +127,9 @@ def _leaf(value):
 
 def _gradient_of(y, dtype):
     """The same numbers for every contender, and in fp64: normal, rounded to dtype."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(y.shape, generator=generator).to(dtype).to(y.device, y.dtype)
+    generator = torch.Generator(y.device).manual_seed(1)
+    drawn = torch.randn(y.shape, generator=generator, device=y.device)
+    return drawn.to(dtype).to(y.dtype)
 
 
 def _backward(contender):
@@ -178,7 +179,7 @@ def _backward_problem(spec, case, dtype, device):
         truth=truth,
         gate=partial(_op_gate, ulp=torch.finfo(dtype).eps),
         work={
-            "C": PRODUCTS_OF_BACKWARD * problem.work["C"],
+            "C": PRODUCTS_OF_BACKWARD.get(spec.name, 2.0) * problem.work["C"],
             "B": 2 * sum(t.nbytes for t in inputs) + y.nbytes,  # each read, and its gradient
         },
         unit=[_peak(t) or 1.0 for t in truth],

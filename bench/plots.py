@@ -18,6 +18,7 @@ from result_schema import read
 DIGEST = re.compile(r"<!-- data ([0-9a-f]{64}) -->")
 COLOURS = {
     "ours": "#c1121f", "stock sdpa": "#1d3557", "stock eager": "#6c757d",
+    "stock sdpa, CUDA graphs": "#457b9d",
     "torch.compile": "#2a9d8f", "torch.compile reduce-overhead": "#52b788",
     "torch.compile max-autotune": "#006d77",
     "FlashAttention unpadded": "#e76f51", "onnxruntime": "#8338ec", "flex_attention": "#f4a261",

@@ -15,7 +15,10 @@ RESULTS, PICTURES, README = (
 )  # fmt: skip
 BEGIN, END = "<!-- printed by `python bench readme` -->", "<!-- end of what is printed -->"
 # beside the baseline
-COLUMNS = ("stock eager", "torch.compile", "onnxruntime", "FlashAttention unpadded")
+COLUMNS = (
+    "stock eager", "stock sdpa, CUDA graphs", "torch.compile", "onnxruntime",
+    "FlashAttention unpadded",
+)  # fmt: skip
 
 
 def newest(folder=RESULTS):

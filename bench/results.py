@@ -51,10 +51,18 @@ class Results:
             new.replace(self.path)
 
     def add(self, **parts):
-        """Set parts of the content, rows being appended, and write the file."""
-        self.content["rows"] += parts.pop("rows", [])
-        self.content.update(parts)
+        """Set parts of the content, and write the file. Rows are appended, or take the place of
+        those of the same workload and dtype: a figure and its baseline are of one run."""
+        rows, new = self.content["rows"], parts.pop("rows", [])
+        again = {_of(row) for row in new}
+        place = next((n for n, row in enumerate(rows) if _of(row) in again), len(rows))
+        rest = [row for row in rows[place:] if _of(row) not in again]
+        self.content |= {"rows": [*rows[:place], *new, *rest], **parts}
         self.write()
+
+
+def _of(row):
+    return row["workload"], row["dtype"]
 
 
 def device_of(device):

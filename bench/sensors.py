@@ -1,10 +1,11 @@
 """What the driver tells of a GPU while it works: clocks, temperature, power, energy."""
 
 import importlib.util
+import time
 
 import torch
 
-MOST = 2000  # calls that one reading of energy is spread over
+LOOK = 0.005  # seconds of calls between two looks at the counter of energy
 
 
 class Sensors:
@@ -61,19 +62,27 @@ class Sensors:
         return None if used is None else used / 1e3
 
     def energy_of(self, run, call_s, seconds):
-        """Joules of one call, over about `seconds` of calls back to back: the counter moves some
-        ten times a second. None where it does not count or seconds is 0."""
-        if not seconds or self.joules() is None:
+        """Joules of one call of about call_s: over calls back to back from where the counter moves,
+        which it does some ten times a second, to where it moves after `seconds`. None where it does
+        not count, or stands still, or seconds is 0."""
+        last = self.joules() if seconds else None
+        if last is None:
             return None
-        calls = min(max(int(seconds / call_s), 1), MOST)
-        if calls * call_s < seconds / 2:  # too short to tell from the counter's own steps
-            return None
-        torch.cuda.synchronize()
-        before = self.joules()
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-        return (self.joules() - before) / calls
+        at_once = max(int(LOOK / call_s), 1)
+        first, calls, since = None, 0, time.monotonic()
+        while (passed := time.monotonic() - since) < 4 * seconds:
+            for _ in range(at_once):
+                run()
+            torch.cuda.synchronize()
+            calls += at_once
+            if (now := self.joules()) == last:
+                continue
+            last = now
+            if first is None:
+                first, calls, since = now, 0, time.monotonic()
+            elif passed >= seconds:
+                return (now - first) / calls
+        return None
 
     def peak_bytes(self, run):
         """What one call allocates beyond what there was before it; None on a CPU, which keeps no

@@ -3,7 +3,7 @@
 From its default each configuration is changed in one number at a time: tiles and warps doubled or
 halved, stages one more or less; the best becomes the next start, until nothing gains. A candidate
 is checked against the definition before it is timed: what is wrong, or does not compile, is no
-choice. What may come next is compiled meanwhile by other processes, into Triton's cache.
+choice. What comes next is compiled meanwhile by other processes, into Triton's cache.
 
 One configuration serves all benchmark cases with its key, in every batch: where the key says how
 many rows there are, what gives other bits than the default is no choice either.
@@ -17,7 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from concurrent import futures
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,20 +36,23 @@ from bert_fast.kernels import SPECS, launch
 GAIN = 0.98  # of the time that is needed to be chosen: a change within the noise is none
 TABLES = Path(__file__).resolve().parents[1] / "kernels" / "tuned"
 CASES = 3  # that a configuration is timed on
-PATIENCE = 5.0  # seconds
+DTYPES = (torch.bfloat16, torch.float32)  # the first one first
+KEYS_AHEAD = 2  # whose candidates are compiled while another key's are timed
 PROCESSES = os.cpu_count() - 1  # that compile
 
 
 # -- what there is to tune ------------------------------------------------------------------
 def asked(fn):
-    """The configurations that fn() asks for: {(op, key): (default, names that are fixed)}."""
+    """The configurations that fn() asks for: {(op, key): (default, names that are fixed)}. Nothing
+    is compiled, nor launched."""
     found = {}
 
     def ask(op, default, fixed=(), rows=None, **key):
         found[op, launch.written(key, rows)] = default, fixed
         return default
 
-    with patch.object(launch, "configuration", ask), torch.no_grad():
+    kernel = launch.triton.JITFunction
+    with patch.object(launch, "configuration", ask), patch.object(kernel, "run"), torch.no_grad():
         fn()
     return found
 
@@ -88,32 +91,42 @@ class Ahead:
         self.pool = pool(processes, mp_context=get_context("spawn")) if processes else None
 
     def ask(self, wanted, where, dtype, configs):
-        """Compile configs of an (op, key) for each (spec, case)."""
+        """Compile configs of an (op, key), each for all (spec, case)."""
         for config in configs:
             key = wanted, *config.values()
             if self.pool is None or key in self.asked:
                 continue
+            calls = [(spec.name, case) for spec, case in where]
             try:
-                self.asked[key] = [
-                    self.pool.submit(
-                        compile_only, spec.name, case, dtype, self.device, wanted, config
-                    )
-                    for spec, case in where
-                ]
+                self.asked[key] = self.pool.submit(
+                    compile_only, calls, dtype, self.device, wanted, config
+                )
             except BrokenProcessPool:  # the compiler took a process down
                 self.pool = None
 
-    def wait(self, wanted, config):
-        """Until this one is compiled, or PATIENCE is over: then whoever launches it compiles it."""
-        futures.wait(self.asked.get((wanted, *config.values()), ()), PATIENCE)
+    def started(self, end):
+        """Until the first is compiled: a process takes seconds to come to that."""
+        futures.wait(self.asked.values(), max(end - time.monotonic(), 0), FIRST_COMPLETED)
+
+    def wait(self, wanted, config, deadline):
+        """Until this one is compiled. Raises Skip if it is not by the deadline."""
+        job = self.asked.get((wanted, *config.values()))
+        if job and futures.wait([job], max(deadline - time.monotonic(), 0)).not_done:
+            raise Skip("not compiled in time")
+
+    def drop(self, wanted):
+        """What nobody has begun to compile for an (op, key) is not compiled: others come first."""
+        for key, job in self.asked.items():
+            if key[0] == wanted:
+                job.cancel()
 
     def close(self):
         if self.pool:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def compile_only(name, case, dtype, device, wanted, config):
-    """Compile what the op of this name launches with config for wanted, an (op, key)."""
+def compile_only(calls, dtype, device, wanted, config):
+    """Compile what each (name of an op, case) launches with config for wanted, an (op, key)."""
     import triton
 
     run = triton.JITFunction.run
@@ -121,16 +134,16 @@ def compile_only(name, case, dtype, device, wanted, config):
     def warm_up(self, *args, warmup, **kwargs):
         return run(self, *args, warmup=True, **kwargs)
 
-    fn, inputs = _call_of(name, tuple(case.items()), dtype, device)
     with given(config, wanted), patch.object(triton.JITFunction, "run", warm_up), torch.no_grad():
-        fn(**inputs)
+        for name, case in calls:
+            fn, inputs = _call_of(name, case, dtype, device)
+            fn(**inputs)
 
 
-@functools.lru_cache(1)
 def _call_of(name, case, dtype, device):
     """The op and inputs like those of the case, without values: the GPU is being timed."""
     (spec,) = (s for s in SPECS if s.name == name)
-    inputs = spec.inputs(dtype, "cpu", **dict(case))
+    inputs = spec.inputs(dtype, "meta", **case)
     return spec.fn, {
         k: torch.empty_like(v, device=device) if torch.is_tensor(v) else v
         for k, v in inputs.items()
@@ -189,12 +202,12 @@ def with_config(fn, inputs, config, wanted):
     return run
 
 
-def time_on(problems, wanted, clock, seconds, ahead):
+def time_on(problems, wanted, clock, seconds, ahead, deadline):
     """config -> the geometric mean of its times on problems, (fn, inputs, truth, limit) each."""
     of_first = []  # what the first configuration gives, where others must give the same
 
     def time_of(config):
-        ahead.wait(wanted, config)
+        ahead.wait(wanted, config, deadline)
         logs = []
         for n, (fn, inputs, truth, limit) in enumerate(problems):
             run = with_config(fn, inputs, config, wanted)
@@ -211,7 +224,7 @@ def time_on(problems, wanted, clock, seconds, ahead):
                 elif not torch.equal(result, of_first[n]):
                     raise ValueError("other bits than the default's")
             failures = {}
-            timings = interleave({"it": run}, clock, seconds, failures)
+            timings = interleave({"it": run}, clock, seconds, failures, graphed=True)
             if failures:
                 raise Skip(failures["it"][1])
             logs.append(math.log(timings["it"].median))
@@ -231,7 +244,7 @@ def gain(problems, wanted, default, best, clock, seconds):
             name: with_config(fn, inputs, config, wanted)
             for name, config in (("default", default), ("best", best))
         }
-        timings = interleave(runs, clock, seconds, failures)
+        timings = interleave(runs, clock, seconds, failures, graphed=True)
         if failures:
             return 0.0
         logs.append(math.log(timings["default"].median / timings["best"].median))
@@ -272,37 +285,37 @@ def problem(spec, case, dtype, device):
     return spec.fn, inputs, truth, ulp + 2 * error_of([rounded], [truth])["max"]
 
 
-def tune(results, clock, device, seconds, specs=SPECS, dtypes=(torch.bfloat16, torch.float32)):
-    """Tune until `seconds` are over, writing what was tried into results as it comes.
+def tune(results, clock, device, end, path, specs=SPECS, dtypes=DTYPES):
+    """Tune until `end` by time.monotonic(). What was tried is written into results, and what was
+    chosen into the table in path, after each key.
 
     Returns {op: {key: configuration}} of those that are faster than their default.
     """
-    end = time.monotonic() + seconds
-    todo = [
-        (which, *group, dtype)
-        for dtype in dtypes
-        for which, group in groups(specs, dtype, device).items()
-    ]
+    todo = {}  # what two dtypes ask for alike is tuned for the first
+    for dtype in dtypes:
+        for which, group in groups(specs, dtype, device).items():
+            todo.setdefault(which, (*group, dtype))
     ahead = Ahead(device, PROCESSES if device.type == "cuda" else 0)
-    for which, default, fixed, where, dtype in todo:
-        ahead.ask(which, where[:CASES], dtype, (default, *neighbours(default, fixed)))
     try:
-        return _tune(results, clock, device, end, todo, ahead)
+        return _tune(results, clock, device, end, path, list(todo.items()), ahead)
     finally:
         ahead.close()
 
 
-def _tune(results, clock, device, end, todo, ahead):
-    chosen, tried, done = defaultdict(dict), [], set()
-    for n, (which, default, fixed, where, dtype) in enumerate(todo):
+def _tune(results, clock, device, end, path, todo, ahead):
+    chosen, tried = defaultdict(dict), []
+    for n, (which, (default, fixed, where, dtype)) in enumerate(todo):
+        for key, (start, kept, cases, its_dtype) in todo[n : n + 1 + KEYS_AHEAD]:
+            ahead.ask(key, cases[:CASES], its_dtype, (start, *neighbours(start, kept)))
+        if n == 0:
+            ahead.started(end)
         now = time.monotonic()
-        if now > end or which in done:
-            continue
-        done.add(which)
+        if now > end:
+            break
         deadline = now + (end - now) / (len(todo) - n)  # an even part of what is left
         try:
             problems = [problem(spec, case, dtype, device) for spec, case in where[:CASES]]
-            time_of = time_on(problems, which, clock, 0.05, ahead)
+            time_of = time_on(problems, which, clock, 0.05, ahead, deadline)
             ask = functools.partial(ahead.ask, which, where[:CASES], dtype)
             best, record = climb(default, fixed, time_of, deadline, ahead=ask)
             if best != default and gain(problems, which, default, best, clock, 0.2) * GAIN < 1:
@@ -312,9 +325,11 @@ def _tune(results, clock, device, end, todo, ahead):
                         entry |= {"status": "slower", "reason": "in the same rounds as the default"}
         except (Skip, ValueError, torch.OutOfMemoryError) as error:  # the default cannot run
             best, record = default, [_tried(default, None, "refused", one_line(error))]
+        ahead.drop(which)
         tried += [{"op": which[0], "key": which[1], **entry} for entry in record]
         if best != default:
             chosen[which[0]][which[1]] = best
+            write_table(path, results.content["device"]["name"], chosen)
         results.add(tune=tried)
     return dict(chosen)
 
@@ -370,12 +385,12 @@ def main(options, fail):
     device = torch.device("cuda")
     known = device_of(device)
     results = Results(Path(options.output) if options.output else None, known, "tune")
-    tables = tune(results, clock_of(device), device, options.budget)
     path = Path(options.table or TABLES / f"{launch.slug(known['name'])}.json")
-    write_table(path, known["name"], tables)
+    end = time.monotonic() + options.budget
+    chosen = tune(results, clock_of(device), device, end, path)
     results.add(complete=True, passed=True)
     Console(width=None if sys.stdout.isatty() else 150).print(table(results.content["tune"]))
-    print(f"table written to {path}")
+    print(f"table written to {path}" if chosen else "no table: every default is as fast")
     return 0
 
 

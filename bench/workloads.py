@@ -21,7 +21,8 @@ class Contender:
     name: str
     build: Callable  # problem -> bind, see above; raises Skip with a reason
     collect: Callable = lambda result, inputs: result  # result of a run -> tensors to compare
-    gated: bool = True  # whether too large an error makes its row a failure
+    gated: bool = True  # whether too large an error makes its row a failure; if not, its error is
+    # all that is of interest: it is timed only as a baseline
     slow: bool = False  # takes minutes to build
 
 

@@ -72,7 +72,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and arithmetic.")]
 Device = Annotated[
     str | None,
-    typer.Option(
+    typer.Option(  # typer 0.27 would take a metavar like its name for the flag: so, named
+        "--device",
         metavar="DEVICE",
         help="cpu, cuda or cuda:N.",
         show_default="the GPU if there is one, else the CPU",
@@ -248,7 +249,8 @@ def answer(
         ),
     ] = None,
     file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A file of text in the place of --context.")
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="A file of text in the place of --context."),
     ] = None,
     model: Annotated[
         str | None,

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from transformers.activations import ACT2FN
 
@@ -28,6 +29,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
 }  # fmt: skip
+# A name of torch's own, which it may change.
+_in_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 # Keywords of transformers that a forward may carry without any effect on the encoder.
 HARMLESS = {
     "return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch",
@@ -45,6 +48,8 @@ def reason_of_call(model, inputs, kwargs):
         return "output_hidden_states with gradients or a selection of layers"
     if reason := _reason_of_cache(model, inputs):
         return reason
+    if decodes(model) and (reason := reason_of_parts(model)):
+        return reason  # cross attention is looked for in the layers
     states = inputs.encoder_hidden_states
     if states is not None and not decodes(model):
         return "encoder_hidden_states in an encoder"
@@ -105,6 +110,8 @@ def _reason_of_cache(model, inputs):
 
 def reason_of_model(model):
     """Why the kernels do not cover `model` as it is now; None where they do."""
+    if reason := reason_of_parts(model):
+        return reason
     weight = at(model, model.architecture.embeddings.word).weight
     device, dtype = weight.device, weight.dtype
     if reason := missing(device):
@@ -112,8 +119,6 @@ def reason_of_model(model):
     if dtype not in DTYPES:
         return f"{dtype} weights"
     config = model.config
-    if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        return f"position_embedding_type {config.position_embedding_type}"
     if getattr(config, "is_causal", None) is not None:
         return "config.is_causal"
     if config._attn_implementation not in ATTENTIONS:
@@ -122,6 +127,8 @@ def reason_of_model(model):
         return "torch.autocast"
     if torch.jit.is_tracing():
         return "torch.jit tracing"
+    if is_transformed():
+        return "torch.func or forward-mode AD"
     layers = model.architecture.layers(model)
     if model.training and any(m.__dict__.get("gradient_checkpointing") for m in layers):
         return "gradient checkpointing"
@@ -132,6 +139,41 @@ def reason_of_model(model):
     if output_capturing is not None and output_capturing._active_collector.get():
         return "an outer model records outputs of these modules"
     return _first_reason(model, dtype, device, hooks=True)
+
+
+def is_transformed():
+    """Whether this is inside a transform of torch.func (grad, jvp, vmap, ...), or a dual level of
+    forward-mode AD is open."""
+    return _in_torch_func() or forward_ad._current_level >= 0
+
+
+def layers_of(model):
+    """The layers of an encoder, none where something else is in their place."""
+    layers = getattr(model._modules.get(model.architecture.encoder), "layer", None)
+    return layers if type(layers) is nn.ModuleList else ()
+
+
+def reason_of_parts(model):
+    """Why there are no embeddings or layers where the kernels look for them; None if there are."""
+    architecture = model.architecture
+    paths = architecture.embeddings
+    for path, kind in (
+        (paths.word, nn.Embedding),
+        (paths.position, nn.Embedding),
+        (paths.token_type, nn.Embedding),
+        (paths.norm, nn.LayerNorm),
+        (f"{architecture.encoder}.layer", nn.ModuleList),
+    ):
+        if path is None:
+            continue
+        place, _, name = path.partition(".")
+        outer = model._modules.get(place)
+        if type(outer) not in MODULES:
+            return f"{place}: {_name(outer)}"
+        inner = outer._modules.get(name)
+        if type(inner) is not kind:
+            return f"{path}: {_name(inner)}"
+    return None
 
 
 def asked(model, kwargs, name):
@@ -180,18 +222,17 @@ def _reason_of_module(module, dtype, device_index, hooks):
     """As reason_of_model, of one module of the encoder. Called for each at each call: 1 us."""
     kind = type(module)
     if kind not in MODULES:
-        return f"{kind.__module__}.{kind.__qualname__}"
+        return _name(module)
     state = module.__dict__
     if "forward" in state and state["forward"] != kind.forward.__get__(module):
         return "forward replaced on the module"
-    if hooks and (
+    if hooks and (  # spelled out: a loop over HOOKS takes three times as long
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     ):
-        recorders = [h for h in state["_forward_hooks"].values() if _is_recorder(h)]
-        if len(recorders) != sum(len(state[name]) for name in HOOKS):
+        if not all(_is_recorder(h) for name in HOOKS for h in state[name].values()):
             return "hooks, which the kernels would not run"
     for p in state["_parameters"].values():
         if p is None:
@@ -211,7 +252,12 @@ def _reason_of_module(module, dtype, device_index, hooks):
     return None
 
 
+def _name(module):
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _is_recorder(hook):
-    """Whether a forward hook is transformers' own output recorder, which sleeps until outputs are
-    asked for."""
+    """Whether a hook is transformers' own output recorder, which sleeps until outputs are asked
+    for."""
     return output_capturing is not None and hook.__module__ == output_capturing.__name__

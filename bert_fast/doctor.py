@@ -77,7 +77,8 @@ def _driver():
         return None
     query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
     said = subprocess.run(query, capture_output=True, text=True)
-    return said.stdout.split()[0] if said.returncode == 0 else None
+    versions = said.stdout.split()  # one for each GPU
+    return versions[0] if said.returncode == 0 and versions else None
 
 
 def _gpus():

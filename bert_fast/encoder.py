@@ -274,8 +274,8 @@ def _movable(p):
 def _is_shared(p):
     """Whether other processes have this memory. torch says so of everything on a GPU; what has been
     sent or received is in the table of torch.multiprocessing."""
-    if p.device.type == "cpu":
-        return p.is_shared()
+    if p.device.type == "cpu" and p.is_shared():
+        return True
     mine = reductions.StorageWeakRef(p.untyped_storage())
     return any(mine == theirs for theirs in list(reductions.shared_cache.values()))
 

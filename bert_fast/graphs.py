@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 
 from .architectures import find
-from .coverage import asked, decodes
+from .coverage import asked, decodes, is_transformed
 from .inputs import Inputs, room
 from .kernels.launch import allows_tf32
 
@@ -58,7 +58,7 @@ class Bucket(NamedTuple):
 def bucket_of(model, inputs, kwargs):
     """The Bucket of a call, or None where a graph cannot serve it."""
     x = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
-    if torch.is_grad_enabled() or x is None or x.ndim < 2:
+    if torch.is_grad_enabled() or is_transformed() or x is None or x.ndim < 2:
         return None
     if not there_are(x.device) or torch.is_autocast_enabled(x.device.type):
         return None

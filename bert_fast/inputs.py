@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from .architectures import at
+from .coverage import reason_of_parts
 
 
 class Inputs(NamedTuple):
@@ -55,32 +56,29 @@ def check(model, inputs):
         raise ValueError(f"{me}: {name} has length 0; the pooler needs a first position")
     for other_name in ("token_type_ids", "position_ids"):
         t = getattr(inputs, other_name)
-        if t is not None and t.shape not in ((B, S), (1, S)):
-            raise ValueError(
-                f"{me}: {other_name} must be [{B}, {S}] like {name}, got {list(t.shape)}"
-            )
+        if t is None or t.shape in ((B, S), (1, S)):
+            continue
+        if t.ndim <= 2 and all(n in (1, m) for n, m in zip(t.shape[::-1], (S, B))):
+            return f"{other_name} of shape {list(t.shape)}, which stock broadcasts"
+        raise ValueError(
+            f"{me}: {other_name} must be [{B}, {S}] like {name}, got {list(t.shape)}"
+        )
     states = inputs.encoder_hidden_states
     if states is not None and (states.ndim != 3 or states.shape[0] != B):
         want = f"[{B}, length, hidden] like {name}"
         raise ValueError(f"{me}: encoder_hidden_states must be {want}, got {list(states.shape)}")
-    return _check_mask(me, "attention_mask", inputs.attention_mask, name, (B, S)) or (
-        states is not None
-        and _check_mask(
-            me, "encoder_attention_mask", inputs.encoder_attention_mask,
-            "encoder_hidden_states", tuple(states.shape[:2]),
-        )
-    ) or None  # fmt: skip
-
-
-def _check_mask(me, name, mask, like, shape):
-    if mask is None:
-        return None
-    if mask.ndim != 2 or mask.shape[0] != shape[0]:
-        want = f"{list(shape)} like {like}"
-        raise ValueError(f"{me}: {name} must be {want}, got {list(mask.shape)}")
-    if mask.shape[1] != shape[1]:
-        whose = "the input" if like != "encoder_hidden_states" else like
-        return f"{name} of another length than {whose}"
+    for other_name, like, whose, t in (
+        ("attention_mask", name, "the input", x),
+        ("encoder_attention_mask", "encoder_hidden_states", "encoder_hidden_states", states),
+    ):
+        mask = getattr(inputs, other_name)
+        if mask is None or t is None:
+            continue
+        if mask.ndim != 2 or mask.shape[0] != B:
+            want = f"{list(t.shape[:2])} like {like}"
+            raise ValueError(f"{me}: {other_name} must be {want}, got {list(mask.shape)}")
+        if mask.shape[1] != t.shape[1]:
+            return f"{other_name} of another length than {whose}"
     return None
 
 
@@ -91,6 +89,8 @@ def first_position(model):
 
 def room(model):
     """How many tokens of a sequence have a position, where the model numbers them itself."""
+    if reason_of_parts(model):  # it is stock that runs, on embeddings of the user's own
+        return model.config.max_position_embeddings
     table = at(model, model.architecture.embeddings.position).weight
     return len(table) - first_position(model)
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import inspect
 import io
 
 import torch
@@ -10,12 +11,13 @@ import transformers
 from . import frozen as frozen_weights
 from . import graphs
 from . import kernels as ops
-from .architectures import at
-from .coverage import reason_of_model
+from .coverage import layers_of, reason_of_model
 from .encoder import split_storage
 from .modeling import STOCK, calls_of, logger, put_on
 
 ENCODERS = {fast: stock for fast, stock in STOCK.items() if hasattr(fast, "architecture")}
+REPLACED = "forward was replaced on the module, by torch.compile, Accelerate's hooks or other code"
+UNDO = "undo that (`del module.forward`, or accelerate.hooks.remove_hook_from_module(module))"
 
 
 def accelerate(model, cuda_graphs=True, frozen=False):
@@ -30,8 +32,9 @@ def accelerate(model, cuda_graphs=True, frozen=False):
 
     Returns model. Weights, names and outputs stay; a module's class becomes the bert_fast class of
     its name. Of a model that has been accelerated the two options change, or a log line says that
-    there is nothing to do. Raises ValueError if there is nothing to accelerate in it, naming what
-    was found.
+    there is nothing to do. A log line names an encoder whose forward somebody has replaced on the
+    module, as the kernels are not asked there. Raises ValueError if there is nothing to accelerate
+    in it, naming what was found.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -39,11 +42,7 @@ def accelerate(model, cuda_graphs=True, frozen=False):
     todo = [m for m in modules if type(m) in ENCODERS.values()]
     there = [m for m in modules if isinstance(m, tuple(ENCODERS))]
     encoders = there + todo
-    changed = [graphs.turn(m, cuda_graphs) | frozen_weights.turn(m, frozen) for m in encoders]
-    if not todo and not any(changed):
-        if there:
-            logger.warning("bert_fast: accelerate: already accelerated, nothing to do")
-            return model
+    if not encoders:
         found = sorted({type(m).__name__ for m in modules if _is_telling(m)}) or ["no such module"]
         raise ValueError(
             f"accelerate: looked for transformers.BertModel inside {type(model).__name__}, or"
@@ -52,20 +51,59 @@ def accelerate(model, cuda_graphs=True, frozen=False):
         )
     for module in todo:
         put_on(module)
+    changed = [
+        graphs.turn(m, cuda_graphs) | frozen_weights.turn(m, frozen) | _uncover(m) for m in encoders
+    ]
+    for path, module in model.named_modules():
+        if module in encoders and _hides_kernels(module):
+            logger.warning(
+                "bert_fast: accelerate: %s does not run on the kernels: %s", path or "the model",
+                f"its {REPLACED}; {UNDO}, accelerate, and replace it then",
+            )  # fmt: skip
+    if not todo and not any(changed):
+        logger.warning("bert_fast: accelerate: already accelerated, nothing to do")
     return model
+
+
+def _uncover(module):
+    """Remove the stock forward, or the class's own, from where it hides the class's: Accelerate
+    leaves it on a module whose hook it removed. Whether there was one."""
+    classes = (type(module), STOCK.get(type(module), type(module)))
+    if module.__dict__.get("forward") not in [cls.forward.__get__(module) for cls in classes]:
+        return False
+    del module.forward
+    return True
+
+
+def _hides_kernels(module):
+    """Whether a forward was put on an encoder that does not lead to its class's. Wrappers such as
+    those of torch.compile and Accelerate say what they wrap."""
+    inner = inspect.unwrap(module.__dict__.get("forward", module.forward))
+    of_another = getattr(inner, "__self__", module) is not module
+    return of_another or getattr(inner, "__func__", inner) is not type(module).forward
 
 
 def restore(model):
     """Make every bert_fast class inside `model` the transformers class it stands for, in place.
 
     Returns model, whose weights have the bits they had. A model without any is left as it is, and
-    a log line says so.
+    a log line says so. Raises ValueError where code that replaced the forward of an encoder would
+    go on calling that of bert_fast.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
     todo = [m for m in model.modules() if type(m) in STOCK]
     if not todo:
         logger.warning("bert_fast: restore: nothing of bert_fast in it, nothing to do")
+    for path, module in model.named_modules():
+        if type(module) not in ENCODERS:
+            continue
+        _uncover(module)
+        if "forward" in module.__dict__ and not _hides_kernels(module):
+            raise ValueError(
+                f"restore: {path or 'the model'} would go on calling bert_fast: its {REPLACED};"
+                f" {UNDO}, and restore then"
+            )
     for module in todo:
         if type(module) in ENCODERS:
             split_storage(module)
@@ -157,15 +195,16 @@ def report(model):
     swapped, stock, attention = [], [], []
     for path, module in model.named_modules():
         if isinstance(module, tuple(ENCODERS)):
-            weight = at(module, module.architecture.embeddings.word).weight
-            reason = reason_of_model(module)
+            weight = next(module.parameters())
+            hidden = "forward replaced on the module" if _hides_kernels(module) else None
+            reason = hidden or reason_of_model(module)
             calls = calls_of(module)
             held = graphs.graphs_of(module) if graphs.there_are(weight.device) else None
             swapped.append(
                 Swapped(
                     path=path,
                     architecture=module.architecture.model_type,
-                    layers=len(module.architecture.layers(module)),
+                    layers=len(layers_of(module)),
                     dtype=str(weight.dtype).removeprefix("torch."),
                     device=str(weight.device),
                     backend=None if reason else ops.backend(weight.device),

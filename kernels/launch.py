@@ -18,8 +18,8 @@ class _Absent:
     def __getattr__(self, name):
         return self
 
-    def __call__(self, fn):
-        return fn
+    def __call__(self, fn=None, **options):
+        return self if fn is None else fn
 
 
 try:

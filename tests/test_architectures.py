@@ -191,10 +191,6 @@ def function_for_activation(model):
     inner.intermediate_act_fn = torch.nn.functional.relu
 
 
-def relative_positions(model):
-    model.config.position_embedding_type = "relative_key"
-
-
 def one_head_less(model):
     attention = model.encoder.layer[1].attention
     for name in ("query", "key", "value"):
@@ -212,7 +208,6 @@ def made_a_decoder_later(model):
 
 ODD = {
     "encoder.layer.0: activation relu": function_for_activation,
-    "position_embedding_type relative_key": relative_positions,
     "encoder.layer.1: pruned heads: not 4 (config.num_attention_heads)": one_head_less,
     "encoder.layer.0: config.is_decoder is True, and was not": made_a_decoder_later,
 }

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ import cli
 import contenders
 import measure
 import model_workloads
+import op_peers
 import op_workloads
 import rows
 from lengths import LENGTHS, lengths_of
@@ -65,12 +68,13 @@ class Run:
 def timed(seconds=0.0, **times):
     log, failures = [], {}
     runs = {name: Run(name, of, log) for name, of in times.items()}
-    return measure.interleave(runs, Clock(), seconds, failures), failures, "".join(log)
+    timings = measure.interleave(runs, Clock(), seconds, failures, graphed=True)
+    return timings, failures, "".join(log)
 
 
 def test_each_round_calls_everyone_once_and_begins_with_another():
     _, _, log = timed(a=[1.0], b=[1.0], c=[1.0])
-    assert log == "abcbcacab"
+    assert log == "abcbcacab" * 2
 
 
 def test_rounds_fill_the_time_within_bounds():
@@ -83,15 +87,118 @@ def test_one_that_raises_in_a_round_is_out_and_the_others_go_on():
     timings, failures, log = timed(a=[1.0], b=[1.0, MemoryError("no more")])
     assert failures == {"b": ("error", "MemoryError: no more")}
     assert set(timings) == {"a"}
-    assert log == "abbaa"
+    assert log == "abba" + "aaaa"
 
 
 def test_warming_up_ends_when_nothing_is_gained_or_time_is_up():
     times = iter([9.0, 5.0, 3.0, 3.0, 3.0, 3.0, 1.0])
     assert measure.warm_up(lambda: next(times), Clock(), 100.0) == 3.0
     assert next(times) == 1.0
-    times = iter([9.0, 5.0, 3.0])
+    times = iter([9.0, 6.0, 5.0, 3.0])
     assert measure.warm_up(lambda: next(times), Clock(), 10.0) == 5.0
+
+
+def test_a_first_call_that_compiles_does_not_end_the_warm_up():
+    times = iter([600.0, 2.0, 1.0, 1.0, 1.0, 1.0])
+    assert measure.warm_up(lambda: next(times), Clock(), 10.0) == 1.0
+
+
+def test_what_runs_out_of_memory_lets_go_of_it_and_is_not_run_again(monkeypatch):
+    """By the time that the others get it, neither its own tensors nor its results are held."""
+
+    class Tensor:
+        pass
+
+    def run(own):
+        held.extend(map(weakref.ref, (own, taken := Tensor())))
+        raise torch.OutOfMemoryError(f"60 GiB beside {taken}")
+
+    held, freed, failures = [], [], {}
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append([t() for t in held]))
+    runs = {"it": functools.partial(run, Tensor()), "other": lambda: 1.0}
+    assert set(measure.interleave(runs, Clock(), 0.0, failures)) == {"other"}
+    assert failures["it"][0] == "error"
+    assert freed == [[None, None]]
+
+
+def test_memory_is_given_back_after_running_out_of_it_alone(monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    for error, times in (
+        (measure.Skip("?"), 0), (ValueError("?"), 0), (torch.OutOfMemoryError("?"), 1)
+    ):  # fmt: skip
+        with measure.noted({}, "it"):
+            raise error
+        assert len(emptied) == times
+
+
+def test_an_interval_of_the_least_rounds_contains_the_median_of_most_machines():
+    """Of samples from one distribution, its own median lies within in nine of ten cases."""
+    draws = np.random.default_rng(0).standard_normal((200, measure.LEAST))
+    intervals = (measure.Timing(tuple(samples)).interval for samples in draws)
+    assert sum(low <= 0 <= high for low, high in intervals) >= 180
+
+
+# -- CUDA graphs, on a GPU that is pretended ------------------------------------------------
+@pytest.fixture
+def cuda(monkeypatch):
+    """A GPU's clock; `mode` is what waiting for the GPU does now, `graphs` what was captured."""
+    seen = SimpleNamespace(mode="default", graphs=[])
+
+    def wait():
+        if seen.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        seen.graphs.append((graph, stream))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(seen, "mode", mode))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: "replayed"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "outer")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    seen.wait, seen.clock = wait, object.__new__(measure.CudaClock)
+    seen.clock._stream = "inner"
+    return seen
+
+
+def test_a_short_call_is_timed_as_the_replay_of_a_graph(cuda):
+    run, note = cuda.clock.launched(lambda: None, 70e-6)
+    assert (run(), note, cuda.mode) == ("replayed", "CUDA graph", "default")
+    assert [stream for _, stream in cuda.graphs] == ["inner"]
+    run = object()
+    assert cuda.clock.launched(run, measure.GRAPHED) == (run, None)
+
+
+def test_what_waits_for_the_gpu_is_not_captured_and_says_so(cuda):
+    run, note = cuda.clock.launched(cuda.wait, 70e-6)
+    assert (run, cuda.graphs, cuda.mode) == (cuda.wait, [], "default")
+    assert note.startswith("plain launches, it waits for the GPU: RuntimeError: called a sync")
+
+
+def test_a_capture_that_fails_for_another_reason_is_named(cuda):
+    def run():
+        raise RuntimeError("operation not permitted")
+
+    assert cuda.clock.launched(run, 70e-6) == (
+        run, "plain launches, capture failed: RuntimeError: operation not permitted"
+    )  # fmt: skip
+    assert cuda.mode == "default"
+
+
+@pytest.mark.parametrize("kind", ["op", "backward", "inference", "training", "encode"])
+def test_ops_are_captured_and_models_pay_for_their_launches(kind):
+    launched = []
+
+    class Graphs(Clock):
+        def launched(self, run, seconds):
+            launched.append(run.name)
+            return super().launched(run, seconds)
+
+    rows_of(STOCK, kind=kind, clock=Graphs())
+    assert launched == ["stock"] * (kind in ("op", "backward"))
 
 
 def test_the_interval_contains_the_median_and_shrinks_with_samples():
@@ -114,7 +221,7 @@ def contender(name, times, *result, **options):
     return Contender(name, lambda problem: bind, lambda result, inputs: [result], **options)
 
 
-def rows_of(*contenders, dtype=torch.float16, unit=1.0, **options):
+def rows_of(*contenders, dtype=torch.float16, unit=1.0, kind="op", clock=None, **options):
     problem = Problem(
         subject=None,
         timed="timed",
@@ -127,8 +234,8 @@ def rows_of(*contenders, dtype=torch.float16, unit=1.0, **options):
         tokens=20,
         layers=2,
     )
-    workload = Workload("toy", dtype, contenders, "stock", lambda: problem)
-    measured = rows.measure(workload, Clock(), 10.0, **options)
+    workload = Workload("toy", dtype, contenders, "stock", lambda: problem, kind=kind)
+    measured = rows.measure(workload, clock or Clock(), 10.0, **options)
     assert all(tuple(row) == rows.ROW for row in measured)
     return {row["contender"]: row for row in measured}
 
@@ -138,7 +245,7 @@ STOCK = contender("stock", [4.0, 4.0, 3.0, 8.0, 9.0], 1.0 + 2**-10)
 
 def test_ratios_are_those_of_the_medians_and_of_the_minima():
     ours = rows_of(STOCK, contender("ours", [2.0, 2.0, 1.0, 2.0, 9.0]))["ours"]
-    assert (ours["status"], ours["rounds"]) == ("ok", 5)
+    assert (ours["status"], ours["rounds"]) == ("ok", 6)
     assert (ours["median_s"], ours["min_s"]) == (2.0, 1.0)
     assert (ours["ratio_median"], ours["ratio_min"]) == (2.0, 3.0)
     assert ours["valid_tokens_per_s"] == 10.0
@@ -226,6 +333,69 @@ def test_without_a_baseline_there_are_times_and_no_ratios():
     assert (ours["status"], ours["median_s"], ours["ratio_median"]) == ("ok", 2.0, None)
 
 
+def test_the_definition_is_there_for_its_error_and_not_timed():
+    definition = contender("definition", [1.0], 1.0 + 2**-12, gated=False)
+    found = rows_of(definition, STOCK)["definition"]
+    assert (found["status"], found["error"]["max"], found["median_s"]) == ("ok", 2**-12, None)
+    assert found["reason"] == "not timed: there for its error"
+    alone = replace(definition, name="stock")  # the baseline, where an op has no other
+    assert rows_of(alone)["stock"]["median_s"] == 1.0
+
+
+def test_dynamo_is_reset_once_before_what_it_compiles_and_not_between(monkeypatch):
+    events = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: events.append("reset"))
+
+    def compiled(name):
+        it = contender(name, [1.0], slow=True)
+        return replace(it, build=lambda problem: events.append(name) or it.build(problem))
+
+    rows_of(STOCK, compiled("a"), compiled("b"))
+    assert events == ["reset", "a", "b"]
+    events.clear()
+    rows_of(STOCK, compiled("a"), in_haste=True)
+    rows_of(STOCK)
+    assert events == []
+
+
+class Told:
+    """Sensors of a GPU on which a call of `forgetful` runs out of memory."""
+
+    energy = 0
+
+    def read(self):
+        return None
+
+    def peak_bytes(self, run):
+        if run.name == "forgetful":
+            raise torch.OutOfMemoryError("60 GiB")
+        return 1
+
+    def energy_of(self, run, call_s, seconds):
+        self.energy += 1
+        return 2.0
+
+
+def test_what_runs_out_of_memory_as_it_is_built_is_not_timed():
+    called = []
+
+    class Names(Clock):
+        def __call__(self, run):
+            called.append(getattr(run, "name", None))
+            return super().__call__(run)
+
+    forgetful = contender("forgetful", [1.0])
+    found = rows_of(STOCK, forgetful, sensors=Told(), clock=Names())
+    assert found["forgetful"]["reason"] == "OutOfMemoryError: 60 GiB"
+    assert "stock" in called
+    assert "forgetful" not in called
+
+
+def test_energy_is_left_out_in_haste():
+    assert rows_of(STOCK, sensors=Told())["stock"]["energy_j"] == 2.0
+    assert rows_of(STOCK, sensors=Told(), in_haste=True)["stock"]["energy_j"] is None
+
+
 def test_in_haste_slow_builds_are_left_out():
     slow = contender("slow", [1.0], slow=True)
     hurried = rows_of(STOCK, slow, in_haste=True)
@@ -295,31 +465,109 @@ def test_every_contender_of_an_op_gives_what_the_definition_gives(spec, backward
     assert all(found[name]["status"] == "ok" for name in names)
 
 
+def test_cublas_is_asked_for_by_name_for_the_product_alone(monkeypatch):
+    """With a bias torch takes cuBLASLt. What follows is added outside of the clock's sight."""
+    (spec,) = (s for s in SPECS if s.name == "linear")
+    (peer,) = (c for c in OTHERS["linear"] if c.name == "cuBLAS product")
+    inputs = spec.inputs(torch.float32, CPU, T=3, K=5, N=7, gelu=True, residual=True)
+    with pytest.raises(measure.Skip, match="on a GPU alone"):
+        peer.build(None)(inputs)
+    preferred = ["default"]
+
+    def preferred_blas_library(name=None):
+        if name:
+            preferred.append(name)
+        return preferred[-1]
+
+    linear, seen = torch.nn.functional.linear, []
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred_blas_library)
+    monkeypatch.setattr(
+        op_peers.F, "linear", lambda *args: seen.append((preferred[-1], len(args))) or linear(*args)
+    )
+    product = op_peers._without_lt(inputs["x"], inputs["weight"])
+    assert (seen, preferred[-1]) == ([("cublas", 2)], "default")
+    (result,) = peer.collect(product, inputs)
+    assert torch.allclose(result, spec.ref(**inputs), atol=1e-5)
+
+
+def test_a_smoke_test_is_of_small_cases():
+    found = {w.name.removesuffix(" backward") for w in op_workloads.ops(torch.float32, CPU, True)}
+    assert found == {spec.label(spec.whole) for spec in SPECS}
+
+
 def test_a_backward_moves_each_input_and_gradient_once():
     case = {"T": 3, "K": 5, "N": 7}
     (spec,) = (s for s in SPECS if s.name == "linear")
     problem = op_workloads._backward_problem(spec, case, torch.float32, CPU)
     moved = 4 * (2 * (3 * 5 + 7 * 5 + 7) + 3 * 7)
-    assert problem.work == {"C": 2.5 * 3 * 7 * (2 * 5 + 1), "B": moved}
+    assert problem.work == {"C": 2 * 3 * 7 * (2 * 5 + 1), "B": moved}
+    case = {"lengths": (3,), "heads": 2, "D": 4}
+    (spec,) = (s for s in SPECS if s.name == "attention")
+    forward = op_workloads._problem(spec, case, torch.float32, CPU).work["C"]
+    backward = op_workloads._backward_problem(spec, case, torch.float32, CPU).work["C"]
+    assert backward == 2.5 * forward  # five products, of two
 
 
-def tiny(prepare, contenders, lengths="cola-128x3", dtype=torch.float32):
-    lengths = replace(lengths_of(lengths), batches=1)
+def test_gradients_are_drawn_where_they_are_used(monkeypatch):
+    generator, devices = torch.Generator, []
+    monkeypatch.setattr(torch, "Generator", lambda device: devices.append(device) or generator())
+    y = torch.ones(3, 5, dtype=torch.float64)
+    first, again = (op_workloads._gradient_of(y, torch.bfloat16) for _ in range(2))
+    assert devices == [y.device, y.device]
+    assert torch.equal(first, again)
+    assert torch.equal(first, first.bfloat16().double())
+
+
+def tiny(prepare, contenders, lengths="cola-128x3", dtype=torch.float32, batches=1):
+    lengths = replace(lengths_of(lengths), batches=batches)
     problem = functools.partial(prepare, TINY, lengths, dtype, CPU, False)
     return Workload("tiny", dtype, contenders, "stock sdpa", problem)
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter is not timed")
 def test_every_way_to_run_the_model_gives_the_same_hidden_states():
-    quick = (*contenders.INFERENCE[:7], contenders.INFERENCE[-1])
+    quick = tuple(c for c in contenders.INFERENCE if c.name != "onnxruntime")
     found = measured(tiny(model_workloads._batches, quick))
-    assert {name: row["status"] for name, row in found.items()} == {
-        "stock sdpa": "ok", "stock eager": "ok", "sdpa math": "ok", "sdpa flash": "ok",
-        "sdpa efficient": "skipped", "sdpa cudnn": "skipped", "FlashAttention unpadded": "skipped",
-        "ours": "ok",
+    assert {name for name, row in found.items() if row["status"] == "ok"} == {
+        "stock sdpa", "stock eager", "sdpa math", "sdpa flash", "ours, frozen", "ours"
     }  # fmt: skip
+    assert {row["status"] for row in found.values()} == {"ok", "skipped"}
     assert found["ours"]["sequences"] == 3
     assert found["ours"]["padded_to"] == 128
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter is not timed")
+@pytest.mark.parametrize("lengths", ["cola-128x3", "docstringsx3", "full-128x2"])
+def test_stock_as_a_graph_for_each_shape_gives_stock_s_hidden_states(lengths):
+    """Recorded is what ran on the tensors that were there: a replay runs it on them again."""
+    recorded = []
+
+    def capture(run):
+        recorded.append(run)
+        result = run()
+
+        def replay():
+            result.last_hidden_state.copy_(run().last_hidden_state)
+
+        return replay, result
+
+    def forward(problem):
+        return contenders.graphed(problem, capture)
+
+    models = (contenders.SDPA, contenders.Model("graphs", forward))
+    ways = tuple(model.inference() for model in models)
+    workload = tiny(model_workloads._batches, ways, lengths, batches=2)
+    assert measured(workload)["graphs"]["status"] == "ok"
+    recorded.clear()
+    problem = workload.prepare()
+    stock, graphs = (contenders.bound(m.forward(problem))(problem.timed) for m in models)
+    first, again = (contenders.at_tokens(graphs(), problem.timed) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    truth = contenders.at_tokens(stock(), problem.timed)
+    torch.testing.assert_close(first, truth, rtol=1e-4, atol=1e-4)
+    assert len(recorded) == (2 if lengths.startswith("docstrings") else 1)
+    masks = {run.keywords["attention_mask"] is None for run in recorded}
+    assert masks == {lengths.startswith("full")}
 
 
 def looped(q, k, v, cu_seqlens, _, longest, __):
@@ -476,7 +724,60 @@ def test_what_the_budget_does_not_allow_is_skipped_and_said(capsys, monkeypatch,
     measured = json.loads(path.read_text())["rows"]
     assert {row["status"] for row in measured} == {"skipped"}
     assert "budget of 1e-09 s" in measured[0]["reason"]
-    assert "base full-128" in capsys.readouterr().out
+    assert {row["workload"] for row in measured} == set(model_workloads.PLANS["cpu"])
+    said = "skipped: 16 of 16 workloads, the budget of 1e-09 s is used up"
+    assert said in capsys.readouterr().out
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """told(names, budget, done=(), **options): [(name, in_haste)] of what cli.run measures of
+    workloads that take as many seconds as their names say, and the Results that it fills."""
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+
+    def run(names, budget, done=(), **options):
+        began, found = [], SimpleNamespace(content={"rows": list(done), "ceilings": 1}, added=[])
+
+        def measure(item, clock, seconds, ceilings, only, in_haste, sensors):
+            began.append((item.name, in_haste))
+            now[0] += float(item.name)
+            return [rows._row(item, STOCK, "ok", None)]
+
+        def add(rows):
+            found.added.append(len(rows))
+            found.content["rows"] += rows
+
+        found.add, found.content["ceilings"] = add, {"B": 1.0, "C": {"float16": 1.0}}
+        monkeypatch.setattr(cli, "measure", measure)
+        todo = [
+            (Workload(name, torch.float16, (STOCK,), "stock", None), None, 1.0) for name in names
+        ]
+        cli.run(found, todo, CPU, ["float16"], budget, brief=True, **options)
+        return began, found
+
+    return run
+
+
+def test_nothing_begins_that_would_take_longer_than_what_is_left(told):
+    began, found = told(["5", "1", "4", "1.0", "1.1", "1.2"], 15.5)
+    assert [name for name, _ in began] == ["5", "1", "4", "1.0"]
+    assert [row["status"] for row in found.content["rows"]] == ["ok"] * 4 + ["skipped"] * 2
+    assert found.added[-1] == 2  # one file is written for all that is skipped
+
+
+def test_from_half_of_the_budget_on_it_is_in_haste(told):
+    began, _ = told(["3", "3.0", "3.00", "3.000"], 12.0)
+    assert [in_haste for _, in_haste in began] == [False, False, False, True]
+    began, _ = told(["3", "4"], None, hurried=True)
+    assert [in_haste for _, in_haste in began] == [True, True]
+
+
+def test_what_was_measured_before_is_not_overwritten_by_being_skipped(told):
+    done = [{**dict.fromkeys(rows.ROW), "workload": "2", "dtype": "float16", "status": "ok"}]
+    _, found = told(["9", "2", "3"], 10.0, done)
+    of = [(row["workload"], row["status"]) for row in found.content["rows"]]
+    assert of == [("2", "ok"), ("9", "ok"), ("3", "skipped")]
 
 
 def test_a_run_as_a_module_writes_its_file_and_leaves_kernels_unimportable(tmp_path):

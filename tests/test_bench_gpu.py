@@ -1,10 +1,13 @@
 """What `make gpu` does, with tools that only pretend: no GPU is needed."""
 
+import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +62,7 @@ def test_tests_that_are_killed_have_said_what_failed(xdist, tmp_path, monkeypatc
     if xdist:
         pytest.importorskip("xdist", reason="pytest-xdist is no part of .[test]")
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: xdist)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 2)  # each worker takes seconds to start
     (tmp_path / "test_it.py").write_text(
         "import time\n"
         "def test_right(): pass\n"
@@ -71,8 +75,8 @@ def test_tests_that_are_killed_have_said_what_failed(xdist, tmp_path, monkeypatc
     assert ran["returncode"] == 1
     assert ran["failed"] == ["FAILED test_it.py::test_wrong - assert 1 == 2"]
     (tmp_path / "slow").write_text("60")
-    ran = gpu.run_tests(8, ["test_it.py"])
-    assert (ran["returncode"], ran["summary"]) == (None, "killed after 8 s")
+    ran = gpu.run_tests(20, ["test_it.py"])
+    assert (ran["returncode"], ran["summary"]) == (None, "killed after 20 s")
     (failed,) = ran["failed"]
     assert "test_it.py::test_wrong" in failed
 
@@ -84,14 +88,15 @@ def test_the_tests_that_a_gpu_runs_are_there():
 # -- parts ----------------------------------------------------------------------------------
 @pytest.fixture
 def parts(monkeypatch):
-    """Runs of parts that only write their file; `ran` has (part, limit) of each, and `fate` is the
-    exit status of those that do not pass, None for one that is killed."""
-    ran, fate = [], {}
+    """Runs of parts that only write their file; `ran` has (part, limit) of each, `until` when it is
+    to end, and `fate` is the exit status of those that do not pass, None for one that is killed."""
+    ran, until, fate = [], [], {}
 
     def run_limited(command, limit):
         options = dict(itertools.pairwise(command))
         part = options["--part"]
         ran.append((part, limit))
+        until.append(float(options["--until"]))
         status = fate.get(part, 0)
         path = Path(options["--folder"]) / results.file_name(KNOWN, part)
         found = results.Results(path, KNOWN, part)
@@ -102,7 +107,7 @@ def parts(monkeypatch):
     monkeypatch.setattr(gpu, "run_limited", run_limited)
     monkeypatch.setattr(gpu, "commit", lambda: "abc")
     monkeypatch.setattr(results, "commit", lambda: "abc")
-    return SimpleNamespace(ran=ran, fate=fate)
+    return SimpleNamespace(ran=ran, until=until, fate=fate)
 
 
 def test_parts_run_in_turn_within_nine_minutes_each_with_a_file(parts, tmp_path):
@@ -111,6 +116,27 @@ def test_parts_run_in_turn_within_nine_minutes_each_with_a_file(parts, tmp_path)
     assert sum(limit for _, limit in parts.ran) <= gpu.ALL < 9 * 60
     for part in gpu.LIMITS:
         assert result_schema.read(tmp_path / results.file_name(KNOWN, part))["part"] == part
+
+
+def test_a_part_is_told_when_it_ends_before_python_has_started(parts, tmp_path):
+    before = time.time()
+    gpu.run_all(KNOWN, tmp_path, gpu.ALL)
+    limits = [limit for _, limit in parts.ran]
+    for until, limit in zip(parts.until, limits, strict=True):
+        assert until == pytest.approx(before + limit - gpu.MARGIN, abs=5)
+
+
+def test_what_has_passed_before_a_part_begins_is_part_of_its_time(monkeypatch, tmp_path):
+    ends = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.launch, "missing", lambda device: None)
+    monkeypatch.setattr(gpu, "device_of", lambda device: KNOWN)
+    monkeypatch.setattr(gpu, "_tests", lambda results, end: ends.append(end) or True)
+    for options, seconds in ((["--until", str(time.time() + 7)], 7), ([], gpu.ALONE)):
+        arguments = ["bench", "gpu", "--part", "tests", "--folder", str(tmp_path), *options]
+        monkeypatch.setattr(sys, "argv", arguments)
+        assert cli.main("") == 0
+        assert gpu.left(ends[-1]) == pytest.approx(seconds, abs=2)
 
 
 def test_a_part_that_is_killed_costs_that_part_alone_and_is_all_that_runs_again(
@@ -193,15 +219,56 @@ def test_the_line_of_a_workload_says_what_failed():
 
 
 def test_what_matters_most_is_measured_first_and_every_dtype_is():
-    names = [(item[0].name.partition("(")[0], item[0].precision) for item in gpu.plan()]
-    assert names[0] == ("base squad-384", "bfloat16")
-    assert {dtype for name, dtype in names if name == "base squad-384"} == set(gpu.DTYPES)
-    first_of_each_op = names[gpu.HEAD : gpu.HEAD + 15]
-    assert len({name for name, _ in first_of_each_op}) == len(SPECS)
-    order = [("linear", "bfloat16"), ("train base wikipedia-512", "bfloat16"),
-             ("base squad-384", "tf32"), ("base full-128x1024", "bfloat16")]  # fmt: skip
-    assert [names.index(name) for name in order] == sorted(map(names.index, order))
-    assert len(names) == len(gpu.plan())
+    plan = gpu.plan()
+    names = [(item.name, item.precision) for item, _, _ in plan]
+    assert len(names) == len(set(names))
+    assert names[: len(gpu.HEAD)] == [(name, "bfloat16") for name in gpu.HEAD]
+    assert {dtype for _, dtype in names[:10]} == {"bfloat16", "float32", "tf32"}
+    assert {dtype for _, dtype in names} == set(gpu.DTYPES)
+    labels = [  # what docs/performance.md waits for
+        (spec.label(spec.bench[n]), "bfloat16")
+        for spec in SPECS if spec.name in ("attention", "linear") for n in range(6)
+    ]  # fmt: skip
+    assert max(map(names.index, labels)) < names.index(("large squad-384", "bfloat16")) < 50
+    kinds = [item.kind == "backward" for item, _, _ in plan]
+    assert kinds == sorted(kinds)
+
+
+def test_every_name_of_the_stages_is_measured():
+    names = {item.name.partition("(")[0] for item, _, _ in gpu.plan()}
+    assert {name.removesuffix(" backward") for _, of, _ in gpu.STAGES for name in of} == names
+
+
+def test_in_brief_a_model_has_its_strongest_rivals_alone():
+    for item, names, _ in gpu.plan():
+        known = {c.name for c in item.contenders}
+        if item.kind == "inference" and item.name != "12x32 batch-1-short":
+            assert set(names) <= known
+        if item.kind in ("inference", "training"):
+            assert "ours" in names
+            assert ("stock eager" in names) == (item.name in gpu.HEAD)
+        else:
+            assert names is None
+
+
+@pytest.mark.parametrize("seconds", [gpu.LIMITS["bench"], gpu.ALONE])
+def test_with_time_the_head_is_measured_again_with_everyone(seconds, monkeypatch):
+    ran = []
+
+    def run(results, todo, device, dtypes, budget, brief, hurried=False):
+        ran.append((len(todo), budget, hurried))
+        assert hurried or all(names is None for _, names, _ in todo)
+        return True
+
+    monkeypatch.setattr(cli, "run", run)
+    assert gpu._bench(None, time.monotonic() + seconds)
+    if seconds < gpu.ALONE:
+        assert ran == [(len(gpu.plan()), pytest.approx(seconds, abs=5), True)]
+    else:
+        assert [(count, hurried) for count, _, hurried in ran] == [
+            (len(gpu.plan()), True), (len(gpu.HEAD), False)
+        ]  # fmt: skip
+        assert ran[0][1] == pytest.approx(seconds / 2, abs=5)
 
 
 # -- NVIDIA's tools -------------------------------------------------------------------------
@@ -233,7 +300,9 @@ def tool(tmp_path, monkeypatch):
         ("echo '========= Device not supported'; exit 1", "skipped", "Device not supported"),
         ("echo Traceback; exit 1", "FAILED", "exit status 1: Traceback"),
         ("exit 0", "FAILED", "exit status 0: no output"),  # it never came to a summary
-        ("sleep 20", "FAILED", "killed after 1 s"),
+        ("sleep 20", "skipped", "killed after 1 s"),
+        ("echo '========= Invalid __global__ read of size 2 bytes'; sleep 20", "FAILED",
+         "killed after 1 s"),
     ],
 )  # fmt: skip
 def test_what_the_sanitizer_says_is_what_the_part_says(script, status, reason, tool):
@@ -244,11 +313,30 @@ def test_what_the_sanitizer_says_is_what_the_part_says(script, status, reason, t
     result_schema.check([found], result_schema.SCHEMA["properties"]["sanitize"])
 
 
-def test_tools_that_are_not_there_are_skipped(tool):
+def test_tools_that_are_not_there_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert nvidia_tools.sanitize("memcheck", 1.0)["status"] == "skipped"
     assert nvidia_tools.ncu(1.0) == {
         "status": "skipped", "reason": "ncu is not on the PATH", "kernels": []
     }  # fmt: skip
+
+
+def test_the_compilers_are_compared_before_the_sanitizer_takes_its_time(monkeypatch):
+    order, found = [], results.Results(None, KNOWN, "sanitize")
+
+    def ptx(seconds):
+        order.append(("ptx", seconds))
+        return []
+
+    def sanitize(tool, seconds):
+        order.append((tool, seconds))
+        return {"tool": tool, "status": "skipped", "reason": "?", "findings": [], "seconds": 0.0}
+
+    monkeypatch.setattr(gpu, "ptx", ptx)
+    monkeypatch.setattr(gpu, "sanitize", sanitize)
+    assert gpu._sanitize(found, time.monotonic() + 60)
+    of = [(tool, pytest.approx(seconds, abs=5)) for tool, seconds in order]
+    assert of == [("ptx", 30), ("memcheck", 30), ("racecheck", 60)]  # none took any time
 
 
 def test_the_sanitizer_sees_each_tensor_as_an_allocation_and_the_small_cases(tool, tmp_path):
@@ -291,6 +379,18 @@ def test_a_ptx_compiler_that_makes_attention_wrong_is_found(
     assert (found[1]["status"], found[1]["reason"]) == (status, reason)
 
 
+def test_compilers_run_beside_each_other_and_one_that_is_too_slow_is_skipped(tool, monkeypatch):
+    python = tool("python", 'case "$TRITON_PTXAS_PATH" in *slow) sleep 20;; *) sleep 1;'
+                  + PRETENDED.format(error=1.0, bits="aa") + ";; esac")  # fmt: skip
+    monkeypatch.setattr(nvidia_tools.sys, "executable", str(python))
+    paths = [tool(name, "echo V12.8.93") for name in ("a", "b", "c", "slow")]
+    started = time.monotonic()
+    found = nvidia_tools.ptx(2.5, paths)
+    assert time.monotonic() - started < 5
+    assert [entry["status"] for entry in found] == ["ok", "ok", "ok", "skipped"]
+    assert found[-1]["reason"] == "killed after 2 s"
+
+
 def test_a_single_ptx_compiler_is_said_to_have_no_second(tool, monkeypatch):
     python = tool("python", "echo 'Segmentation fault'; exit 139")
     monkeypatch.setattr(nvidia_tools.sys, "executable", str(python))
@@ -302,6 +402,7 @@ def test_a_single_ptx_compiler_is_said_to_have_no_second(tool, monkeypatch):
 def test_counters_of_ncu_become_numbers(tool):
     names = ",".join(f'"{name}"' for name in nvidia_tools.METRICS)
     tool("ncu", f"""
+echo '{{"ops": ["attention", "gelu"]}}'
 echo '==PROF== Profiling'
 echo '"ID","Kernel Name",{names}'
 echo '"","",'
@@ -310,9 +411,11 @@ echo '"0","_forward_kernel","1,250","71.5","80","50","128","n/a"'
     found = nvidia_tools.ncu(5.0)
     result_schema.check(found, result_schema.SCHEMA["properties"]["ncu"])
     assert found["kernels"] == [{
-        "kernel": "_forward_kernel", "ns": 1250.0, "compute %": 71.5, "memory %": 80.0,
-        "occupancy %": 50.0, "registers": 128.0, "local accesses": None,
+        "op": "attention", "kernel": "_forward_kernel", "ns": 1250.0, "compute %": 71.5,
+        "memory %": 80.0, "occupancy %": 50.0, "registers": 128.0, "local accesses": None,
     }]  # fmt: skip
+    tool("ncu", "sleep 20")
+    assert nvidia_tools.ncu(1.0)["reason"] == "killed after 1 s"
     tool("ncu", "echo '==ERROR== ERR_NVGPUCTRPERM'; exit 1")
     assert nvidia_tools.ncu(5.0) == {
         "status": "skipped", "reason": "ERROR== ERR_NVGPUCTRPERM", "kernels": []
@@ -357,14 +460,29 @@ def test_what_the_driver_does_not_tell_is_none(driver):
     assert cpu.peak_bytes(lambda: 1 / 0) is None
 
 
-def test_energy_is_of_one_call(driver):
-    def run():
-        driver.nvml.millijoules += 1000
+@pytest.mark.parametrize("call_s", [7e-3, 1e-4])
+def test_energy_is_what_the_counter_moved_by_over_the_calls_between_two_of_its_steps(
+    call_s, driver, monkeypatch
+):
+    """A hundred watts, in a counter that moves every 83 ms: a third of what is measured."""
+    now, calls = [0.335], []  # just behind a step
 
-    assert driver.energy_of(run, 0.01, 0.5) == 1.0
-    assert driver.nvml.millijoules == 50 * 1000
-    assert driver.energy_of(run, 0.01, 0.0) is None
-    assert driver.energy_of(run, 1e-5, 0.5) is None  # MOST calls are too short to tell
+    def run(took=call_s):
+        calls.append(took)
+        now[0] += took
+        driver.nvml.millijoules = 83 * 100 * int(now[0] / 0.083)
+
+    run(0.0)
+    monkeypatch.setattr(sensors.time, "monotonic", lambda: now[0])
+    assert driver.energy_of(run, call_s, 0.3) == pytest.approx(100 * call_s, rel=0.06)
+    assert 0.3 < sum(calls) < 0.6
+    assert driver.energy_of(run, call_s, 0.0) is None
+
+
+def test_a_counter_that_stands_still_tells_no_energy(driver, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(sensors.time, "monotonic", lambda: 0.1 * next(ticks))
+    assert driver.energy_of(lambda: None, 0.01, 0.3) is None
 
 
 # -- tuning ---------------------------------------------------------------------------------
@@ -416,6 +534,7 @@ def test_what_is_compiled_ahead_is_in_the_cache_and_was_not_launched(tmp_path, m
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (spec,) = (s for s in tune.SPECS if s.name == "linear")
     case, cpu = {"T": 256, "K": 64, "N": 64}, torch.device("cpu")
+    calls = [("linear", case), ("linear", case)]
     (wanted,) = tune.asked(lambda: aot.compile_all(spec, case, torch.float16, ["sm_90"]))
     config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
     driver = aot.Driver(aot.TARGETS["sm_90"].triton)
@@ -425,31 +544,107 @@ def test_what_is_compiled_ahead_is_in_the_cache_and_was_not_launched(tmp_path, m
 
     with mock.patch.object(aot.triton.runtime.driver, "_active", driver), aot.OnKernels():
         start = compiled()
-        tune.compile_only("linear", case, torch.float16, cpu, wanted, config)
+        tune.compile_only(calls, torch.float16, cpu, wanted, config)
         assert compiled() == start + 1
-        tune.compile_only("linear", case, torch.float16, cpu, wanted, config)
+        tune.compile_only(calls, torch.float16, cpu, wanted, config)
         assert compiled() == start + 1
-        tune.compile_only("linear", case, torch.float16, cpu, wanted, config | {"num_stages": 3})
+        tune.compile_only(calls, torch.float16, cpu, wanted, config | {"num_stages": 3})
         assert compiled() == start + 2
 
 
-def test_a_candidate_is_compiled_once_for_each_case_and_waited_for(monkeypatch):
-    done, config = [], {"BLOCK_N": 64}
+@pytest.fixture
+def ahead(monkeypatch):
+    """An Ahead of one thread, whose `done` has the arguments of what was compiled. It compiles as
+    soon as `go` is set."""
+    done, go = [], threading.Event()
 
     def compile_only(*args):
-        time.sleep(0.05)
+        go.wait(30)
         done.append(args)
         raise RuntimeError("out of registers")  # said by whoever launches it
 
     monkeypatch.setattr(tune, "compile_only", compile_only)
-    ahead = tune.Ahead("cuda", 2, pool=lambda n, mp_context: ThreadPoolExecutor(n))
-    toy = SimpleNamespace(name="toy")
-    for _ in range(2):
-        ahead.ask(("toy", "N=1"), [(toy, {"T": 1}), (toy, {"T": 2})], torch.float16, [config])
-    ahead.wait(("toy", "N=1"), config)
-    assert sorted(args[1]["T"] for args in done) == [1, 2]
-    ahead.wait(("toy", "N=1"), {"BLOCK_N": 32})  # nobody asked
+    ahead = tune.Ahead("cuda", 1, pool=lambda n, mp_context: ThreadPoolExecutor(n))
+    ahead.done, ahead.go = done, go
+    yield ahead
+    go.set()
     ahead.close()
+
+
+OF_TOY, CASES = ("toy", "N=1"), [(SimpleNamespace(name="toy"), {"T": T}) for T in (1, 2)]
+
+
+def test_a_candidate_is_compiled_once_for_all_cases_and_waited_for(ahead):
+    config = {"BLOCK_N": 64}
+    for _ in range(2):
+        ahead.ask(OF_TOY, CASES, torch.float16, [config])
+    threading.Timer(0.1, ahead.go.set).start()
+    ahead.wait(OF_TOY, config, time.monotonic() + 30)
+    calls = [("toy", {"T": 1}), ("toy", {"T": 2})]
+    assert ahead.done == [(calls, torch.float16, "cuda", OF_TOY, config)]
+    ahead.wait(OF_TOY, {"BLOCK_N": 32}, 0.0)  # nobody asked
+
+
+def test_what_is_not_compiled_by_its_deadline_is_refused_and_dropped(ahead):
+    configs = [{"BLOCK_N": n} for n in (64, 128)]
+    other = ("toy", "N=2"), CASES, torch.float16, configs[:1]
+    ahead.ask(OF_TOY, CASES, torch.float16, configs)
+    ahead.ask(*other)
+    begun = time.monotonic()
+    with pytest.raises(measure.Skip, match="not compiled in time"):
+        ahead.wait(OF_TOY, configs[0], begun + 0.1)
+    assert 0.1 <= time.monotonic() - begun < 5
+    ahead.drop(OF_TOY)
+    ahead.go.set()
+    ahead.wait(other[0], configs[0], begun + 30)
+    assert [(args[3], args[4]) for args in ahead.done] == [  # the second was not begun
+        (OF_TOY, configs[0]), (other[0], configs[0])
+    ]  # fmt: skip
+
+
+def test_the_time_of_the_keys_is_shared_out_when_the_first_candidate_is_compiled(ahead):
+    ahead.started(0.0)  # nothing is asked for
+    ahead.ask(OF_TOY, CASES, torch.float16, [{"BLOCK_N": n} for n in (64, 128)])
+    threading.Timer(0.1, ahead.go.set).start()
+    ahead.started(time.monotonic() + 30)
+    assert ahead.done
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="nothing is launched")
+def test_what_a_launch_asks_for_is_found_without_a_launch(monkeypatch):
+    """Nor is it compiled, which takes a second each."""
+    launched = []
+    monkeypatch.setattr(launch.triton.JITFunction, "run", lambda *a, **k: launched.append(1))
+
+    def fn():
+        launch.configuration("toy", {"BLOCK_N": 64}, fixed=("BLOCK_N",), N=1)
+        launch.triton.JITFunction.run("kernel")
+
+    assert tune.asked(fn) == {("toy", "N=1"): ({"BLOCK_N": 64}, ("BLOCK_N",))}
+    assert launched == []
+
+
+TUNED = ("attention", "layer_norm", "gelu", "linear")  # ops that ask for a configuration
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.name in TUNED], ids=lambda s: s.name)
+def test_inputs_to_compile_for_have_the_layout_and_no_values(spec, monkeypatch):
+    wanted, devices = spec.inputs(torch.float16, "cpu", **spec.cases[0]), []
+
+    def inputs(dtype, device, **case):
+        devices.append(device)
+        return spec.inputs(dtype, device, **case)
+
+    monkeypatch.setattr(tune, "SPECS", (dataclasses.replace(spec, inputs=inputs),))
+    _, got = tune._call_of(spec.name, spec.cases[0], torch.float16, torch.device("cpu"))
+    assert devices == ["meta"]
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if torch.is_tensor(value):
+            layout = [(t.shape, t.stride(), t.dtype, t.device) for t in (got[name], value)]
+            assert layout[0] == layout[1]
+        else:
+            assert got[name] == value
 
 
 def test_a_compiler_that_takes_a_process_down_ends_compiling_ahead_alone():
@@ -457,20 +652,20 @@ def test_a_compiler_that_takes_a_process_down_ends_compiling_ahead_alone():
     ahead = tune.Ahead("cuda", 2, pool=lambda n, mp_context: pool)
     for config in ({"BLOCK_N": 64}, {"BLOCK_N": 32}):
         ahead.ask(("toy", ""), [(SimpleNamespace(name="toy"), {})], torch.float16, [config])
-        ahead.wait(("toy", ""), config)
+        ahead.wait(("toy", ""), config, 0.0)
     assert pool.submit.call_count == 1
     ahead.close()
 
 
 class TunedClock:
-    """A second for BLOCK_N 64, half of that for 128."""
+    """A second for BLOCK_N 64, half of that for 128: by plain launches all take a minute."""
 
     def __call__(self, run):
         run()
-        return 64 / launch_of[-1]
+        return 64 / launch_of[-1] if isinstance(run, functools.partial) else 60.0
 
     def launched(self, run, seconds):
-        return run, None
+        return functools.partial(run), None
 
 
 launch_of = []  # BLOCK_N of each call of toy
@@ -507,12 +702,85 @@ def forget():
         cached.cache_clear()
 
 
+def tune_toy(found, path, spec=TOY, seconds=60.0):
+    end = time.monotonic() + seconds
+    return tune.tune(found, TunedClock(), torch.device("cpu"), end, path, (spec,), DTYPE)
+
+
+DTYPE = (torch.float32,)
+
+
+def test_the_table_is_written_after_each_key(tables, monkeypatch):
+    """What was chosen stays chosen if the run is killed in the next key."""
+    problem, problems = tune.problem, []
+
+    def second_is_killed(spec, case, dtype, device):
+        problems.append(case)
+        if case["N"] == 1024:
+            raise KeyboardInterrupt
+        return problem(spec, case, dtype, device)
+
+    monkeypatch.setattr(tune, "problem", second_is_killed)
+    spec = SimpleNamespace(**{
+        **vars(TOY), "bench": ({"N": 768}, {"N": 1024}),
+        "inputs": lambda dtype, device, N: {"x": torch.ones(3, N, dtype=dtype, device=device)},
+    })  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        tune_toy(results.Results(None, KNOWN, "tune"), tables, spec)
+    assert problems == [{"N": 768}, {"N": 1024}]
+    assert launch.read_table(tables, "NVIDIA Toy").keys() == {("toy", "N=768")}
+
+
+def test_the_compilers_are_asked_for_this_key_and_the_next_two(tables, monkeypatch):
+    """What is asked for early stands in the way of what the climb asks for next."""
+    log = []
+
+    class Logged(tune.Ahead):
+        def ask(self, wanted, where, dtype, configs):
+            log.append((wanted[1], next(iter(configs))["BLOCK_N"]))
+
+        def drop(self, wanted):
+            log.append(f"dropped {wanted[1]}")
+
+    def by_length(x):
+        config = launch.configuration("toy", {"BLOCK_N": 8}, N=len(x))
+        launch_of.append(config["BLOCK_N"])
+        return x
+
+    monkeypatch.setattr(tune, "Ahead", Logged)
+    cases = tuple({"T": T} for T in (1, 2, 3, 4))
+    spec = SimpleNamespace(**{**vars(TOY), "fn": by_length, "bench": cases})
+    tune_toy(results.Results(None, KNOWN, "tune"), tables, spec)
+    first = log[: log.index("dropped N=1")]
+    assert first[:3] == [("N=1", 8), ("N=2", 8), ("N=3", 8)]  # the default first
+    assert ("N=4", 8) not in first
+    assert [entry for entry in log if entry[0] == "d"] == [f"dropped N={n}" for n in (1, 2, 3, 4)]
+
+
+def test_nothing_is_tuned_after_the_end(tables):
+    found = results.Results(None, KNOWN, "tune")
+    assert tune_toy(found, tables, seconds=-1.0) == {}
+    assert "tune" not in found.content
+
+
+@pytest.mark.parametrize("seconds, dtypes", [(60, 1), (gpu.ALONE, 2)])
+def test_bf16_alone_is_tuned_where_time_is_short(seconds, dtypes, monkeypatch):
+    asked, found = [], results.Results(None, KNOWN, "tune")
+
+    def tuned(results, clock, device, end, path, dtypes):
+        asked.append((dtypes, path.name))
+        return {}
+
+    monkeypatch.setattr(gpu.tune, "tune", tuned)
+    monkeypatch.setattr(gpu, "clock_of", lambda device: None)
+    assert gpu._tune(found, time.monotonic() + seconds)
+    assert asked == [((torch.bfloat16, torch.float32)[:dtypes], "nvidia-toy.json")]
+
+
 def test_what_was_tuned_is_what_launchers_read(tables, tmp_path):
     found = results.Results(tmp_path / "tune.json", KNOWN, "tune")
-    cpu = torch.device("cpu")
-    chosen = tune.tune(found, TunedClock(), cpu, 60.0, (TOY,), (torch.float32,))
+    chosen = tune_toy(found, tables)
     assert chosen == {"toy": {"N=768": {"BLOCK_N": 128, "num_warps": 4}}}
-    tune.write_table(tables, "NVIDIA Toy", chosen)
     toy(torch.ones(2, 768))
     assert launch_of[-1] == 128
     toy(torch.ones(2, 1024))  # no such key
@@ -535,13 +803,14 @@ def test_a_choice_by_rows_gives_the_bits_of_the_default(other_bits, tables):
 
     toy = SimpleNamespace(**{**vars(TOY), "fn": fn, "bench": ({"T": 3}, {"T": 300})})
     found = results.Results(None, KNOWN, "tune")
-    cpu = torch.device("cpu")
-    chosen = tune.tune(found, TunedClock(), cpu, 60.0, (toy,), (torch.float32,))
+    chosen = tune_toy(found, tables, toy)
     wrong = {e["reason"] for e in found.content["tune"] if e["status"] == "wrong"}
     if other_bits:
         assert chosen == {} and wrong == {"other bits than the default's"}
+        assert not tables.exists()
         return
     assert chosen["by_rows"].keys() == {"N=768 rows<=128", "N=768 rows<=512"}
+    tables.unlink()
     tune.write_table(tables, "NVIDIA Toy", {"by_rows": {"N=768 rows<=512": {"BLOCK_N": 256}}})
     for rows, block in ((1, 64), (256, 64), (257, 256), (512, 256), (513, 64)):
         by_rows(torch.ones(rows, 768))
@@ -557,8 +826,7 @@ def test_a_later_table_keeps_the_other_keys(tables):
 def test_what_is_faster_alone_but_not_in_the_same_rounds_is_not_chosen(tables, monkeypatch):
     monkeypatch.setattr(tune, "gain", lambda *args: 1.0)
     found = results.Results(None, KNOWN, "tune")
-    cpu = torch.device("cpu")
-    assert tune.tune(found, TunedClock(), cpu, 60.0, (TOY,), (torch.float32,)) == {}
+    assert tune_toy(found, tables) == {}
     assert "chosen" not in {entry["status"] for entry in found.content["tune"]}
 
 
@@ -609,6 +877,34 @@ def test_without_a_gpu_there_are_defaults(tables, monkeypatch):
     tune.write_table(tables, "NVIDIA Toy", {"op": {"D=64": {"BLOCK_N": 32}}})
     monkeypatch.setattr(launch, "_gpus", lambda: False)
     assert launch.configuration("op", {"BLOCK_N": 64}, D=64) == {"BLOCK_N": 64}
+
+
+def test_the_profiler_listens_to_warm_calls_alone_and_is_told_whose_kernels_they_are(
+    monkeypatch, capsys
+):
+    import exercise
+
+    events, kernel = [], SimpleNamespace(run=lambda *args: events.append("kernel"))
+
+    def of(name, launches):
+        def inputs(dtype, device, **case):
+            events.append("inputs")
+            return {}
+
+        def fn():
+            for _ in range(launches):
+                kernel.run()
+
+        return SimpleNamespace(name=name, fn=fn, inputs=inputs, bench=({},))
+
+    monkeypatch.setattr(exercise, "SPECS", (of("pack", 2), of("gelu", 1)))
+    monkeypatch.setattr(exercise.launch, "triton", SimpleNamespace(JITFunction=kernel))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, functools.partial(events.append, name))
+    exercise.profile()
+    assert events == ["inputs"] * 2 + ["kernel"] * 3 + ["start"] + ["kernel"] * 3 + ["stop"]
+    assert json.loads(capsys.readouterr().out) == {"ops": ["pack", "pack", "gelu"]}
 
 
 def test_bits_are_hashed_the_same_each_time(capsys):

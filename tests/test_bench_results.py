@@ -12,6 +12,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import cli
 import comparison
+import contenders
 import plots
 import readme
 import result_schema
@@ -115,6 +116,24 @@ def test_a_result_that_is_not_valid_is_not_written(tmp_path):
     assert result_schema.read(tmp_path / "a.json")["rows"] == []
 
 
+def test_rows_take_the_place_of_those_of_the_same_workload_and_dtype():
+    def told(found):
+        return [(r["workload"], r["dtype"], r["ratio_median"]) for r in found.content["rows"]]
+
+    found = results.Results(None, content()["device"])
+    found.add(rows=[row("stock sdpa", 1.0), row("ours", 2.0)])
+    found.add(rows=[row("ours", 3.0, dtype="tf32")])
+    found.add(rows=[row("ours", 4.0, workload="other")])
+    found.add(rows=[row("stock sdpa", 1.0), row("ours", 5.0), row("torch.compile", 6.0)])
+    here = "base full-128", "float32"
+    assert told(found) == [
+        (*here, 1.0), (*here, 5.0), (*here, 6.0), ("base full-128", "tf32", 3.0),
+        ("other", "float32", 4.0),
+    ]  # fmt: skip
+    found.add(complete=True)
+    assert len(told(found)) == 5
+
+
 # -- comparing ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "after, verdict, status",
@@ -137,6 +156,36 @@ def test_only_what_is_beyond_its_interval_has_changed(
     assert (got, verdict in said) == (status, True)
     (found,) = comparison.changes(*(json.loads(path.read_text())["rows"] for path in (a, b)))
     assert found["verdict"] == verdict
+
+
+@pytest.mark.parametrize(
+    "ratio, verdict", [(1.97, "same"), (1.95, "slower"), (2.03, "same"), (2.05, "faster")]
+)
+def test_within_two_percent_nothing_has_changed_however_narrow_the_intervals(ratio, verdict):
+    rows = [[row("stock sdpa", 1.0), row("ours", x, spread=0.001)] for x in (2.0, ratio)]
+    (found,) = comparison.changes(*rows)
+    assert found["verdict"] == verdict
+
+
+@pytest.mark.parametrize("contender, status", [("torch.compile", 0), ("ours, frozen", 1)])
+@pytest.mark.parametrize(
+    "after", [{"ratio": 1.0}, {"status": "FAILED"}, {"status": "error"}], ids=str
+)
+def test_a_rival_that_gets_worse_is_shown_and_no_regression(
+    contender, status, after, tmp_path, capsys, monkeypatch
+):
+    a = saved(tmp_path / "a.json", content(row("stock sdpa", 1.0), row(contender, 2.0)))
+    b = saved(tmp_path / "b.json", content(row("stock sdpa", 1.0), row(contender, **after)))
+    got, said, _ = run(capsys, monkeypatch, "compare", a, b)
+    assert (got, contender in said) == (status, True)
+    assert f"{status} of ours worse" in said
+
+
+def test_without_a_ratio_now_there_is_nothing_to_compare():
+    """The baseline was wrong: times, but no ratio."""
+    before = [row("stock sdpa", 1.0, ci=[0.9, 1.1]), row("ours", 2.0)]
+    after = [row("stock sdpa", None, ci=[0.9, 1.1]), row("ours", None, ci=[0.4, 0.6])]
+    assert comparison.changes(before, after) == []
 
 
 def test_a_contender_that_is_skipped_now_is_no_regression():
@@ -290,6 +339,19 @@ def test_only_the_newest_file_of_a_device_and_its_dtypes_is_printed(house):
         r["dtype"] = "bfloat16"
     saved(path.with_name("half.json"), half)
     assert [p.name for p, _ in readme.newest()] == ["half.json", "a-newer.json"]
+
+
+def test_a_contender_has_a_column_where_it_was_measured(house):
+    _, path = house
+    name = "stock sdpa, CUDA graphs"
+    assert name in [model.name for model in contenders.MODELS]
+    assert name not in readme.block(readme.newest(), [])
+    measured = json.loads(path.read_text())
+    measured["rows"].append(row(name, 1.6))
+    saved(path, measured)
+    printed = readme.block(readme.newest(), [])
+    assert f"| stock sdpa | {name} |" in printed
+    assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 1.2 |" in printed  # 2.0 / 1.6
 
 
 def test_frozen_weights_have_a_column_where_they_were_measured(house):

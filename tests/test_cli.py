@@ -4,17 +4,20 @@ Bad checkpoints are copies of the shipped one, each with one thing broken.
 """
 
 import dataclasses
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 import transformers
+import typer
 from models import stock_model
 from typer.testing import CliRunner
 
@@ -36,6 +39,20 @@ TEXTS = [
 
 def run(*args, **kwargs):
     return CliRunner().invoke(cli.main, [str(arg) for arg in args], **kwargs)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run_at_a_terminal(monkeypatch, capsys, *args):
+    """As `run`, with nothing piped in."""
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    with pytest.raises(SystemExit) as ended:
+        typer.main.get_command(cli.main).main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return types.SimpleNamespace(exit_code=ended.value.code, stdout=out, stderr=err)
 
 
 def assert_one_line(result, *parts, code=2):
@@ -335,7 +352,7 @@ USAGE = {
     "--device mps": ("--device must be cpu, cuda or cuda:N, got mps",),
     "--device cuda:99": ("--device cuda:99: torch", "GPUs; give cpu, or see what"),
     "--batch-tokens 0": ("'--batch-tokens'",),
-    "--bogus": ("No such option: --bogus",),
+    "--bogus": ("No such option", "--bogus"),
     "--json --output x.npy": ("--json and --output: give one",),
     "--output none/x.npy": ("--output none/x.npy: there is no directory none; create it",),
     "--output .": ("--output .: is a directory; give a file",),
@@ -352,11 +369,10 @@ def test_a_place_that_may_not_be_written_is_named(monkeypatch, tmp_path):
     assert_one_line(run("embed", "text", "--output", tmp_path / "x.npy"), "may not be written")
 
 
-def test_no_text_at_all_is_named(monkeypatch):
+def test_no_text_at_all_is_named(monkeypatch, capsys):
     assert_one_line(run("embed"), "no text: 0 given")
     assert_one_line(run("embed", " ", ""), "no text: 2 given, of which 0 are not blank")
-    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda self: True)
-    assert_one_line(run("embed"), "no text: give TEXT")
+    assert_one_line(run_at_a_terminal(monkeypatch, capsys, "embed"), "no text: give TEXT")
 
 
 def test_text_that_is_not_utf_8_is_named():
@@ -398,6 +414,18 @@ def test_help_and_version_load_nothing(monkeypatch):
         assert command in run("--help").stdout
         assert "--debug" in run(command, "--help").stdout
     assert_one_line(run("embd"), "No such command 'embd'")
+
+
+def test_every_option_is_in_lower_case():
+    """typer 0.27 takes a metavar that is the option's name in capitals for the option itself."""
+    group = typer.main.get_command(cli.main)
+    commands = [group, *group.commands.values()]
+    options = [
+        name for command in commands for parameter in command.params
+        for name in (*parameter.opts, *parameter.secondary_opts) if name.startswith("-")
+    ]  # fmt: skip
+    assert {"--device", "--file", "--version"} <= set(options)
+    assert [name for name in options if name != name.lower()] == []
 
 
 # -- doctor ---------------------------------------------------------------------------------
@@ -525,6 +553,18 @@ def test_doctor_names_a_driver_that_torch_cannot_use(monkeypatch):
     monkeypatch.setattr(doctor, "_driver", lambda: "570.1")
     monkeypatch.setattr(doctor, "_gpus", list)
     assert "CUDA_VISIBLE_DEVICES" in problem_of(diagnosis(code=0), "driver 570.1 of")["remedy"]
+
+
+@pytest.mark.parametrize(
+    "code, said, driver",
+    [(0, "570.1\n570.1\n", "570.1"), (0, "", None), (9, "has failed because", None)],
+)
+def test_doctor_knows_the_driver_where_nvidia_smi_tells_it(monkeypatch, code, said, driver):
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(
+        "subprocess.run", lambda args, **_: subprocess.CompletedProcess(args, code, stdout=said)
+    )
+    assert doctor._driver() == driver
 
 
 def test_doctor_names_a_machine_that_others_keep_busy(monkeypatch):

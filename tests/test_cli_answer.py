@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 import transformers
-from test_cli import PROCESS, assert_one_line, run
+from test_cli import PROCESS, assert_one_line, run, run_at_a_terminal
 
 import bert_fast
 from bert_fast.checkpoints import SHIPPED
@@ -118,7 +118,7 @@ def test_bad_usage_is_named_in_one_line(usage):
     assert_one_line(run("answer", "Who?", *usage.split()), *USAGE[usage])
 
 
-def test_texts_that_cannot_be_used_are_named(checkpoint, monkeypatch):
+def test_texts_that_cannot_be_used_are_named(checkpoint, monkeypatch, capsys):
     model = ("--model", checkpoint)
     assert_one_line(run("answer", " ", "--context", "text", *model), "QUESTION is blank")
     assert_one_line(run("answer", "Who?", "--context", " ", *model), "--context is blank")
@@ -128,8 +128,8 @@ def test_texts_that_cannot_be_used_are_named(checkpoint, monkeypatch):
     long = run("answer", "who " * 400, "--context", "text", *model)
     assert long.exit_code == 2
     assert "leave no room for context" in long.stderr.splitlines()[-1]
-    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda self: True)
-    assert_one_line(run("answer", "Who?", *model), "no context: give --context TEXT, --file FILE")
+    alone = run_at_a_terminal(monkeypatch, capsys, "answer", "Who?", *model)
+    assert_one_line(alone, "no context: give --context TEXT, --file FILE")
 
 
 def test_only_debug_shows_a_traceback():

@@ -1,6 +1,7 @@
 """Frozen weights: products on a copy in oneDNN's layout, which follows what PyTorch counts."""
 
 import copy
+import importlib
 import io
 import sys
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import B, S, ids_of, masks, stock_model, tokens
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import bert_fast
 from bert_fast import encoder, frozen
@@ -23,6 +25,24 @@ pytestmark = pytest.mark.skipif(
     INTERPRET or prepack(torch.ones(128, 128)) is None, reason="oneDNN has no part in this torch"
 )
 NAMES = ["BertModel", "RobertaModel", "ElectraModel", "DistilBertModel"]
+linear_file = importlib.import_module("bert_fast.kernels.linear")
+
+
+@pytest.fixture(autouse=True)
+def any_number_of_rows(monkeypatch):
+    """As with AVX-512; without, only short inputs run on the copy."""
+    monkeypatch.setattr(linear_file, "AVX512", True)
+
+
+@torch.no_grad()
+def test_without_avx512_short_inputs_alone_run_on_the_copy(made, monkeypatch):
+    monkeypatch.setattr(linear_file, "AVX512", False)
+    _, model = pair()
+    model(ids_of(shape=(2, linear_file.FEW // 2)))
+    used = made["used"]
+    assert used > 0
+    model(ids_of(shape=(1, linear_file.FEW + 1)))
+    assert made["used"] == used
 
 
 def pair(name="BertModel", **changes):
@@ -149,6 +169,22 @@ def test_gradients_do_not_go_through_the_copy(made):
     for p, q in zip(plain.parameters(), model.parameters()):
         assert torch.equal(p.grad, q.grad) if p.grad is not None else q.grad is None
     assert not made["used"]
+
+
+@torch.no_grad()
+def test_no_other_weight_gets_the_memory_of_one_while_there_is_a_copy_of_it():
+    """Such a weight would be taken for the first: at the same place, and never written to."""
+    plain, model = pair()
+    model(ids_of())
+    ours, theirs = (m.encoder.layer[0].attention.output.dense for m in (model, plain))
+    memory = StorageWeakRef(ours.weight.untyped_storage())
+    ours.to("meta")
+    assert not memory.expired()
+    weights = {"weight": torch.full((128, 128), 0.01), "bias": torch.ones(128)}
+    ours.load_state_dict(weights, assign=True)
+    theirs.load_state_dict(weights)
+    torch.testing.assert_close(model(ids_of())[0], plain(ids_of())[0], rtol=1e-4, atol=1e-4)
+    assert memory.expired()
 
 
 @torch.no_grad()

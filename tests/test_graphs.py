@@ -272,7 +272,7 @@ def test_calls_without_a_bucket():
             long = Inputs(input_ids=ids.new_zeros(8, length), position_ids=positions)
             found = bucket_of(model, long, {})
             assert (found and found[:2]) == bucket
-            assert bucket_of(model, long._replace(position_ids=None), {}) is None  # its padding decides
+            assert bucket_of(model, long._replace(position_ids=None), {}) is None
         with torch.autocast(DEVICE, torch.bfloat16):
             assert bucket_of(model, given, {}) is None
         decoder = bert_fast.accelerate(stock_model(is_decoder=True))

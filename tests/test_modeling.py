@@ -74,6 +74,7 @@ def test_position_ids_token_types_and_inputs_embeds_are_honoured(device):
         {"input_ids": ids_of(device), "position_ids": positions},
         {"input_ids": ids_of(device), "position_ids": positions[:1]},
         {"input_ids": ids_of(device).int(), "token_type_ids": ids_of(device, high=2)},
+        {"input_ids": ids_of(device), "token_type_ids": ids_of(device, high=2)[:1]},
         {"inputs_embeds": embeds, "position_ids": positions, "token_type_ids": positions % 2},
     ):
         with torch.no_grad():
@@ -131,6 +132,15 @@ def test_gradients_reach_inputs_embeds(device):
         (out[..., :9] * (mask != 0)[..., None]).square().sum().backward()
         grads.append(embeds.grad)
     torch.testing.assert_close(*grads, atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_derivative_is_an_error(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    weight = fast.encoder.layer[0].output.dense.weight
+    loss = fast(ids_of(device))[0][..., :9].square().sum()
+    (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
 
 
 def test_hidden_states_and_tuples_are_those_of_stock(device):

@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 ROOT = pathlib.Path(__file__).parent.parent
+IGNORED = (".*", "__pycache__", "build", "*.egg-info")  # others may be writing the second
 ENV = {k: v for k, v in os.environ.items() if k not in ("PYTHONSAFEPATH", "TRITON_INTERPRET")}
 
 
@@ -22,7 +23,7 @@ def python(code, cwd):
 def test_the_wheel_is_pure_python_and_has_the_kernels_and_the_checkpoint(tmp_path):
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*IGNORED))
     subprocess.run([*pip, "--no-index", "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")

@@ -6,10 +6,12 @@ A call that falls back must agree with the stock model to the last bit.
 import copy
 import pickle
 import threading
+import types
 
 import pytest
 import torch
 import transformers
+from accelerate import hooks
 from models import (
     HEADS,
     B,
@@ -22,9 +24,10 @@ from models import (
     masks,
     stock_model,
 )
+from torch.multiprocessing import reductions
 
 import bert_fast
-from bert_fast import encoder
+from bert_fast import encode, encoder
 from bert_fast.kernels.launch import INTERPRET
 
 
@@ -66,6 +69,38 @@ def checkpointing(model):
     model.train().gradient_checkpointing_enable()
 
 
+class OwnEmbeddings(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(99, 64)
+
+    def forward(self, input_ids, **others):
+        return self.table(input_ids)
+
+
+class OwnEncoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = torch.nn.Linear(64, 64)
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = transformers.modeling_outputs.BaseModelOutputWithPastAndCrossAttentions
+        return output(last_hidden_state=self.dense(hidden_states))
+
+
+def own_words(model):
+    words = torch.nn.Sequential(torch.nn.Embedding(99, 64), torch.nn.Tanh())
+    model.set_input_embeddings(words.to(model.device))
+
+
+def own_embeddings(model):
+    model.embeddings = OwnEmbeddings().to(model.device)
+
+
+def own_encoder(model):
+    model.encoder = OwnEncoder().to(model.device)
+
+
 CALLS = {
     "output_attentions": {"output_attentions": True},
     "3-D attention_mask": {"attention_mask": torch.ones(B, S, S)},
@@ -73,6 +108,9 @@ CALLS = {
     "keyword is_causal": {"is_causal": True},
     "attention_mask of another length": {"attention_mask": torch.ones(B, S + 2)},
     "output_hidden_states with gradients": {"output_hidden_states": True},
+    "token_type_ids of shape [23]": {"token_type_ids": torch.arange(S) % 2},
+    "token_type_ids of shape [5, 1]": {"token_type_ids": torch.arange(B)[:, None] % 2},
+    "position_ids of shape [5, 1]": {"position_ids": torch.arange(B)[:, None]},
 }
 MODELS = {
     "torch.float64 weights": ({}, lambda m: m.double()),
@@ -83,6 +121,9 @@ MODELS = {
     "torch.nn.modules.activation.ReLU": ({"hidden_act": "relu"}, None),
     "gradient checkpointing": ({}, checkpointing),
     "heads of 320": ({"hidden_size": 320, "num_attention_heads": 1}, None),
+    "embeddings.word_embeddings: torch.nn.modules.container.Sequential": ({}, own_words),
+    "embeddings: test_swap.OwnEmbeddings": ({}, own_embeddings),
+    "encoder: test_swap.OwnEncoder": ({}, own_encoder),
     "max_norm": ({}, lambda m: setattr(m.embeddings.word_embeddings, "max_norm", 1.0)),
 }
 
@@ -115,6 +156,69 @@ def test_a_model_that_is_not_covered_runs_stock_and_is_named(reason, device):
     ours, theirs = (m(ids_of(device), mask)[0] for m in (fast, stock))
     assert_ran_stock(fast, reason)
     assert torch.equal(ours, theirs)
+
+
+def test_positions_of_one_row_run_stock_in_a_distilbert(device):
+    stock = stock_model("DistilBertModel", device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    positions = torch.arange(S, device=device).flip(0)
+    ours, theirs = (m(ids_of(device), position_ids=positions)[0] for m in (fast, stock))
+    assert_ran_stock(fast, "position_ids of shape [23], which stock broadcasts")
+    assert torch.equal(ours, theirs)
+
+
+def test_a_decoder_with_another_encoder_runs_stock_and_is_named(device):
+    stock = stock_model(device=device, is_decoder=True, add_cross_attention=True, use_cache=False)
+    own_encoder(stock)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    memory = torch.ones(B, 3, 64, device=device)
+    ours, theirs = (m(ids_of(device), encoder_hidden_states=memory)[0] for m in (fast, stock))
+    assert_ran_stock(fast, "encoder: test_swap.OwnEncoder")
+    assert bert_fast.report(fast).swapped[0].layers == 0
+    assert torch.equal(ours, theirs)
+
+
+def test_with_embeddings_of_its_own_a_model_has_the_positions_of_its_config():
+    fast = bert_fast.accelerate(stock_model("RobertaModel"))
+    tokenizer = types.SimpleNamespace(model_max_length=1000)
+    assert encode.positions(fast, tokenizer) == 38  # two rows are padding's
+    own_embeddings(fast)
+    assert encode.positions(fast, tokenizer) == 40
+
+
+def gradient(model, ids):
+    def loss(weights):
+        return torch.func.functional_call(model, weights, (ids,))[0][..., :9].square().sum()
+
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return torch.func.grad(loss)(weights)["encoder.layer.0.output.dense.weight"]
+
+
+def tangent(model, ids):
+    embeds = model.get_input_embeddings()(ids).detach()
+    run = lambda x: model(inputs_embeds=x)[0]  # noqa: E731
+    return torch.func.jvp(run, (embeds,), (torch.ones_like(embeds),))[1]
+
+
+def tangent_of_dual(model, ids):
+    embeds = model.get_input_embeddings()(ids).detach()
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(embeds, torch.ones_like(embeds))
+        return torch.autograd.forward_ad.unpack_dual(model(inputs_embeds=dual)[0]).tangent
+
+
+def mapped(model, ids):
+    return torch.vmap(lambda one: model(one[None])[0])(ids)
+
+
+@pytest.mark.parametrize("transform", [gradient, tangent, tangent_of_dual, mapped])
+def test_transforms_of_torch_func_give_what_stock_gives_and_are_named(transform, device):
+    stock = stock_model(device=device, attn_implementation="eager")
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    assert torch.equal(transform(fast, ids_of(device)), transform(stock, ids_of(device)))
+    assert_ran_stock(fast, "torch.func or forward-mode AD")
+    fast(ids_of(device))
+    assert fast_calls(fast)[0][0] == 1
 
 
 def test_weights_of_mixed_dtypes_are_named():
@@ -215,7 +319,7 @@ BAD = {
     "token_type_ids must be [5, 23] like input_ids, got [5, 7]": {
         "token_type_ids": torch.zeros(B, 7).long()
     },
-    "position_ids must be [5, 23] like input_ids, got [23]": {"position_ids": torch.arange(S)},
+    "position_ids must be [5, 23] like input_ids, got [7]": {"position_ids": torch.arange(7)},
     "input_ids has length 0; the pooler needs a first position": {
         "input_ids": torch.zeros(B, 0).long()
     },
@@ -324,6 +428,64 @@ def test_accelerate_without_a_bert_names_what_it_found():
         bert_fast.accelerate("bert-base-uncased")
 
 
+def compiled(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+
+
+def hooked(model):
+    hooks.add_hook_to_module(model, hooks.ModelHook())
+
+
+def undo(model):
+    if hasattr(model, "_hf_hook"):
+        hooks.remove_hook_from_module(model)
+    else:
+        del model.forward
+
+
+@pytest.mark.parametrize("replace", [compiled, hooked])
+def test_a_forward_replaced_before_is_named_and_undone_it_is_not_in_the_way(
+    replace, device, caplog
+):
+    stock = stock_model(device=device)
+    model = torch.nn.ModuleDict({"inside": copy.deepcopy(stock)})
+    replace(model["inside"])
+    bert_fast.accelerate(model)
+    assert "inside does not run on the kernels: its forward was replaced" in caplog.text
+    (swapped,) = bert_fast.report(model).swapped
+    assert (swapped.reason, swapped.backend) == ("forward replaced on the module", None)
+    expected = stock(ids_of(device))[0]
+    assert torch.equal(model["inside"](ids_of(device))[0], expected)
+
+    undo(model["inside"])
+    bert_fast.accelerate(model)
+    assert bert_fast.report(model).swapped[0].reason is None
+    model["inside"](ids_of(device))
+    assert_ran_fast(model)
+    replace(bert_fast.restore(model)["inside"])
+    bert_fast.restore(bert_fast.accelerate(model))  # the forward that was replaced is stock's
+    assert torch.equal(model["inside"](ids_of(device))[0], expected)
+
+
+@pytest.mark.parametrize("replace", [compiled, hooked])
+def test_a_forward_replaced_later_runs_the_kernels_and_stands_in_the_way_of_restore(
+    replace, device
+):
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    replace(fast)
+    assert bert_fast.report(fast).swapped[0].reason is None
+    with torch.no_grad():
+        fast(ids_of(device))
+    with pytest.raises(ValueError, match="restore: the model would go on calling bert_fast"):
+        bert_fast.restore(fast)
+    assert type(fast) is bert_fast.BertModel
+    undo(fast)
+    bert_fast.restore(fast)
+    assert "forward" not in vars(fast)
+    assert torch.equal(fast(ids_of(device))[0], stock(ids_of(device))[0])
+
+
 def test_report_tells_what_ran_where(device):
     model = bert_fast.accelerate(stock_model("BertForMaskedLM", device))
     model(ids_of(device))
@@ -384,6 +546,36 @@ def test_query_key_value_become_rows_of_one_tensor_and_stay_the_same_parameters(
     stacked = encoder.as_one(*after)
     assert torch.equal(stacked, torch.cat(values))
     assert stacked.data_ptr() == after[0].data_ptr()
+
+
+def test_a_weight_that_was_sent_to_another_process_stays_where_it_is():
+    """On a GPU nothing but this table says so."""
+    parts = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    reductions.shared_cache["it"] = reductions.StorageWeakRef(parts[1].untyped_storage())
+    places = [p.data_ptr() for p in parts]
+    assert torch.equal(encoder.as_one(*parts), torch.ones(6, 3))
+    assert [p.data_ptr() for p in parts] == places
+    del reductions.shared_cache["it"]
+    encoder.as_one(*parts)
+    assert [p.data_ptr() for p in parts] != places
+
+
+def test_a_weight_written_between_forward_and_backward_is_an_error_as_in_stock():
+    fast = bert_fast.accelerate(stock_model())
+    for name in ("query", "key", "value"):
+        loss = fast(ids_of()).last_hidden_state.sum()
+        with torch.no_grad():
+            getattr(fast.encoder.layer[1].attention.self, name).weight.mul_(2)
+        with pytest.raises(RuntimeError, match=r"modified .*inplace"):
+            loss.backward()
+
+
+def test_the_stock_forward_is_logged_where_it_is_compiled(caplog):
+    fast = bert_fast.accelerate(stock_model()).train()
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    compiled(ids_of()), compiled(ids_of())
+    assert caplog.text.count("the stock forward runs: embeddings.dropout: training") == 1
+    assert fast_calls(fast) == [(0, {})]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only CPU tensors are shared by a file")
