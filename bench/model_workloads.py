@@ -82,7 +82,8 @@ def workload(name, dtype, device, quick=False, tf32=False):
     if SHAPES[shape].per_layer:
         contenders = (SDPA.inference(), OURS.inference())
     if (device.type, name) == ("cpu", "base docstrings"):  # a round of all would take minutes
-        contenders = tuple(c for c in contenders if c.name in (SDPA.name, "ours, frozen", OURS.name))
+        few = (SDPA.name, "ours, frozen", OURS.name)
+        contenders = tuple(c for c in contenders if c.name in few)
     prepare = functools.partial(
         {"training": _step, "inference": _batches}[kind],
         SHAPES[shape], lengths_of(lengths), dtype, device, quick,
