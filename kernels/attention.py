@@ -234,7 +234,12 @@ def _runs(cu_seqlens, cu_seqlens_k):
 
 def _batch(t, start, n, length):
     """n sequences of equal length in t [T, heads, D] as a view [n, heads, length, D]."""
-    return t[start : start + n * length].unflatten(0, (n, length)).transpose(1, 2)
+    stride_t, stride_h, stride_d = t.stride()
+    return t.as_strided(  # at once: slicing and so on takes a tenth of a ragged batch's attention
+        (n, t.shape[1], length, t.shape[2]),
+        (length * stride_t, stride_h, stride_t, stride_d),
+        t.storage_offset() + start * stride_t,
+    )
 
 
 def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
