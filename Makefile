@@ -1,11 +1,13 @@
 # make demo   set up .venv and run BERT on the shipped checkpoint
 # make test   set up .venv and run the tests
-# make bench  time ops and models on the device that is there
+# make bench  time ops and models on the device that is there, into FILE if it is given
 # make readme print the README's figures and pictures from bench/results/
-# make compat the tests with the oldest and newest torch and transformers: see tox.ini
+# make compat the tests with the oldest and newest torch and transformers of tox.ini
 # make hf-tests SRC=FOLDER   transformers' own tests of BERT, from a checkout; MODELS="bert roberta"
 # make gpu    on a GPU: tests on the real kernels, sanitizer, benchmark, tuning, counters, each into a
-#             file in OUT; PART=tests, sanitize, bench, tune or ncu for that one alone
+#             file in OUT; PART=tests, sanitize, bench, tune or ncu for that one alone; of a Python
+#             with torch, as PYTHON=.venv/bin/python
+# make checkpoint   train the shipped checkpoint anew, into DIR; make lint; make clean
 #
 # Without a GPU (docs/how_it_is_checked.md):
 # make check OP=layer_norm   every check of one op, in a minute
@@ -61,10 +63,10 @@ overhead: .venv/ready
 	@$(BIN)/python check overhead
 
 bench: .venv/ready-to-bench
-	$(BIN)/python bench all
+	$(BIN)/python bench all $(if $(FILE),--output "$(FILE)")
 
 readme: .venv/ready-to-bench
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plots]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt matplotlib
 	$(BIN)/python bench readme
 
 compat: .venv/ready
@@ -79,11 +81,11 @@ hf-tests: .venv/ready
 
 # No network: the Python of a machine with a GPU has its own torch and triton.
 gpu:
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation .
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
 	$(PYTHON) bench gpu --folder "$(OUT)" $(if $(PART),--part $(PART))
 
 checkpoint: .venv/ready
-	$(BIN)/python training/train.py
+	$(BIN)/python training/train.py --out "$(or $(DIR),checkpoint)"
 
 lint: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt ruff

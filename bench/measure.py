@@ -237,9 +237,11 @@ def _median(run, clock, seconds=0.3):
 @contextmanager
 def tf32(allowed):
     """Whether fp32 products may be TF32 inside, for torch and for the kernels, which ask it."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    matmul = torch.backends.cuda.matmul
+    before, precision = matmul.allow_tf32, matmul.fp32_precision
+    matmul.allow_tf32 = allowed
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.allow_tf32 = before
+        matmul.fp32_precision = precision  # False says "ieee", whatever torch.backends says

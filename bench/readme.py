@@ -77,7 +77,7 @@ def _table(rows):
         return f"{ratio:.1f}" if ratio else ""
 
     columns = [name for name in COLUMNS if any(over(row, name) for row in shown)]
-    also = ["stock sdpa, frozen weights"] * any(map(frozen, shown))
+    also = ["ours frozen, over stock sdpa"] * any(map(frozen, shown))
     headings = ["workload", "dtype", "tokens / positions", "stock sdpa", *also, *columns, "error"]
     yield "| " + " | ".join(headings) + " |"
     yield "|" + " --- |" * len(headings)

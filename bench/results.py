@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
-from datetime import date, datetime, timezone
+from datetime import UTC, date, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class Results:
             "complete": False,
             "device": known,
             "versions": versions(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "git commit": commit(),
             "ceilings": None,
             "rows": [],

@@ -329,17 +329,20 @@ def _tune(results, clock, device, end, path, todo, ahead):
         tried += [{"op": which[0], "key": which[1], **entry} for entry in record]
         if best != default:
             chosen[which[0]][which[1]] = best
-            write_table(path, results.content["device"]["name"], chosen)
+        if best != default or path.exists():
+            write_table(path, results.content["device"]["name"], chosen, lost=which)
         results.add(tune=tried)
     return dict(chosen)
 
 
-def write_table(path, gpu, tables):
-    """The table of gpu, keeping what an earlier run found for other keys."""
+def write_table(path, gpu, tables, lost=(None, None)):
+    """The table of gpu, keeping what an earlier run found for other keys than these, and than the
+    (op, key) `lost`, which has no more than what tables say of it."""
     known = {}
     if path.exists():
         for (op, key), config in launch.read_table(path, gpu).items():
-            known.setdefault(op, {})[key] = config
+            if (op, key) != lost:
+                known.setdefault(op, {})[key] = config
     for op, keys in tables.items():
         known.setdefault(op, {}).update(keys)
     content = {
@@ -387,10 +390,10 @@ def main(options, fail):
     results = Results(Path(options.output) if options.output else None, known, "tune")
     path = Path(options.table or TABLES / f"{launch.slug(known['name'])}.json")
     end = time.monotonic() + options.budget
-    chosen = tune(results, clock_of(device), device, end, path)
+    tune(results, clock_of(device), device, end, path)
     results.add(complete=True, passed=True)
     Console(width=None if sys.stdout.isatty() else 150).print(table(results.content["tune"]))
-    print(f"table written to {path}" if chosen else "no table: every default is as fast")
+    print(f"table written to {path}" if path.exists() else "no table: every default is as fast")
     return 0
 
 

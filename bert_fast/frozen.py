@@ -25,6 +25,9 @@ class Prepacked:
     def __init__(self):
         # What it was made of, the copy, and the weights: while their memory is kept, no other
         # weight can be where they are.
+        self.drop()
+
+    def drop(self):
         self._kept = (None, None, None)
 
     def __reduce__(self):  # copies and files start without
@@ -45,6 +48,9 @@ def prepacked(linears, x):
     not frozen, or oneDNN has no part in this product, or gradients may be asked for."""
     kept = linears[0].__dict__.get(NAME)
     if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if x.device.type != "cpu":
+        kept.drop()
         return None
     weights = [m.weight for m in linears]
     if not takes_prepacked(x) or any(w.is_inference() for w in weights):  # these count no writes

@@ -10,7 +10,8 @@ Which calls     on a GPU, without gradients or autocast, of an encoder that does
                 most. Others run as without graphs.
 When recorded   at a bucket's second call; the first compiles what runs. Models take turns, as
                 nobody may synchronize the device meanwhile; one who does gets an error, and the
-                graph is recorded at a later call.
+                call runs without a graph. After ATTEMPTS recordings in a row that failed, or one
+                for want of memory, graphs are off until accelerate() is called again.
 When dropped    LIMIT are kept, of KEPT positions in all. The least recently used makes way, once
                 STALE calls have passed without it: where more sizes than that recur, some run
                 without a graph, as recording takes longer than a forward. All go where weights are
@@ -162,8 +163,11 @@ def _record(forward, pool, device):
             forward()  # a stream's first product of matrices allocates
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on with what a recording forbids.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),  # also where ending a capture raises
+            # Other threads may go on with what a recording forbids.
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             output = forward()
     return graph.replay, output
 
@@ -284,18 +288,21 @@ class Graphs:
 
     def _record(self, model, bucket, inputs):
         """last_hidden_state of a new graph; None where it could not be recorded."""
-        if self._recorded is None:
-            self._recorded = _burnt_in(model)
-            self._weights = [p.detach() for p in model.parameters()]
         try:
             with _recording:
                 self._pool = self._pool or _new_pool(model.device)
                 graph = _Graph(model, bucket, inputs, self._pool)
-            return self._run(bucket, graph, inputs)
+            if self._recorded is None:  # not before: its first forward may have moved weights
+                self._recorded = _burnt_in(model)
+                self._weights = [p.detach() for p in model.parameters()]
+            last = self._run(bucket, graph, inputs)
+            self._failures = 0
+            return last
         except RuntimeError as error:
             self._failures += 1
-            last = self._failures == ATTEMPTS or isinstance(error, torch.OutOfMemoryError)
-            self.drop(f"{type(error).__name__} while recording, {error}" if last else None)
+            why = f"{type(error).__name__} while recording, {error}"
+            over = self._failures == ATTEMPTS or isinstance(error, torch.OutOfMemoryError)
+            self.drop(why if over else None)
         return None
 
 

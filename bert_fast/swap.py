@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import inspect
 import io
 
@@ -78,9 +79,14 @@ def _uncover(module):
 def _hides_kernels(module):
     """Whether a forward was put on an encoder that does not lead to its class's. Wrappers such as
     those of torch.compile and Accelerate say what they wrap."""
-    inner = inspect.unwrap(module.__dict__.get("forward", module.forward))
+    if "forward" not in module.__dict__:
+        return False
+    inner = inspect.unwrap(module.forward)
+    while isinstance(inner, functools.partial):
+        inner = inspect.unwrap(inner.func)
     of_another = getattr(inner, "__self__", module) is not module
-    return of_another or getattr(inner, "__func__", inner) is not type(module).forward
+    own = inspect.unwrap(type(module).forward)
+    return of_another or inspect.unwrap(getattr(inner, "__func__", inner)) is not own
 
 
 def restore(model):

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -248,11 +249,19 @@ def measured(rows, folder=ROOT / "bench" / "results"):
             predicted[gpu, row["case"], row["dtype"]] += times["seconds"]
     for file in sorted(folder.glob("*.json")):
         content = json.loads(file.read_text())
-        gpu = next((g for g in GPUS if g in content["device"]["name"]), None)
+        device = content["device"]
+        gpu = next((g for g, of in GPUS.items() if _is_a(device, g, of)), None)
         for row in content["rows"]:
             key = gpu, row["workload"], row["dtype"]
             if row["contender"] == "ours" and row["status"] == "ok" and key in predicted:
                 yield file.name, *key, predicted[key], row["median_s"]
+
+
+def _is_a(device, name, gpu):
+    """Whether a result's device is the GPU of GPUS, and not one of its relatives."""
+    known = re.findall(r"\w+", device["name"])  # NVIDIA H100 80GB HBM3
+    same = gpu.multiprocessors == device.get("multiprocessors")
+    return name in known and same and not {"PCIe", "40GB"} & set(known)
 
 
 # -- tables ---------------------------------------------------------------------------------

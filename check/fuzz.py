@@ -41,7 +41,7 @@ def _plain(t, generator):
 
 
 def _large(t, generator):
-    """Up to the largest number of fp16, or its square root where products of two are taken."""
+    """Up to nearly the largest number of fp16."""
     return t * (60000 / t.abs().max().clamp(min=1e-30))
 
 

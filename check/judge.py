@@ -131,7 +131,7 @@ class Judge:
             apart = (ours.double() - truth).abs()
             # A truth past the largest number may come out as that number or as infinity.
             largest = torch.finfo(self.dtype).max
-            past = rounded.isinf() & truth.isfinite() & (ours.abs() >= largest)
+            past = rounded.isinf() & truth.isfinite() & (ours * truth.sign() >= largest)
             share = torch.where(finite, apart / allowed, torch.where(past, 0.0, torch.inf))
             share = share.masked_fill(truth.isnan(), 0.0)  # nothing is promised there
             share = share.masked_fill(truth.isinf() & (ours == rounded), 0.0)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +138,11 @@ def report(spec):
         rows = json.loads(file.read_text())["rows"] if file.exists() else []
     over = [f"{r['kernel']} {r['arch']} {r['dtype']}: {o}" for r in rows for o in r["over"]]
     if done.returncode and not over:
-        over = (done.stderr.strip().splitlines() or ["no report"])[-1:]
-    told = {
-        gpu: t["seconds"] * 1e6 for r in rows if r["dtype"] == "bfloat16"
-        for gpu, t in r["predicted"].items()
-    }
+        over = ((done.stdout + done.stderr).strip().splitlines() or ["no report"])[-1:]
+    told = Counter()  # of all launches of the last case
+    for r in rows:
+        if r["dtype"] == "bfloat16" and r["case"] == rows[-1]["case"]:
+            told.update({gpu: t["seconds"] * 1e6 for gpu, t in r["predicted"].items()})
     times = ", ".join(f"{us:.1f} us on {gpu}" for gpu, us in told.items())
     case = f"; {rows[-1]['case']} in bf16: {times}" if rows else ""
     said = f"{len(rows)} launches for {', '.join(GATED)}{case}"

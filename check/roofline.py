@@ -20,14 +20,17 @@ Trips      Code outside the hot loops runs once, code that ends in a trap never.
 Pipes      A multiprocessor issues four warp instructions a cycle. Floating-point adds and
            products, other arithmetic, and MUFU with conversions have the lanes of the CUDA
            programming guide's throughput table. The busiest of these is the time `compute`.
+Tensor     A wgmma reads its operands from shared memory, 128 bytes a cycle: one of 16 or 32 columns
+           waits for that. Those whose first operand is in registers are not that narrow.
 Overlap    memory, tensor and compute run at once, but each warp goes through them in turn: with
            w warps on a scheduler, one w-th of all but the longest is not hidden.
 Tail       The busiest multiprocessor decides: ceil(programs / multiprocessors) programs. One
            multiprocessor moves at most 64 bytes a cycle.
 Launch     2 us from one launch to the next: start, first loads, last stores. Not measured.
 
-Not in the model: bank conflicts, hits of L1, misses of L2, lanes that are masked, latency that too
-few warps leave open, clocks that fall under load, programs of unequal length.
+Not in the model: bank conflicts, shared memory but for wgmma, hits of L1, misses of L2, lanes that
+are masked, latency that too few warps leave open, clocks that fall under load, programs of unequal
+length.
 """
 
 import math
@@ -83,7 +86,7 @@ class Gpu:
     @property
     def lanes(self):
         """Threads of a multiprocessor that each pipe takes in a cycle."""
-        return {"issue": 128, "fp32": self.fp32, "alu": 64, "mufu": 16}
+        return {"issue": 128, "fp32": self.fp32, "imad": 64, "alu": 64, "mufu": 16}
 
 
 GPUS = {  # NVIDIA's datasheets of the SXM and HGX forms
@@ -187,10 +190,14 @@ _WIDTH = {
     8: re.compile(r"\.[US]8\b|byte|[iu_b]8$"),
     16: re.compile(r"\.[US]16\b|short|d16|[iu_b]16$"),
 }
+_WGMMA = re.compile(r"HGMMA\.64x(\d+)x")
 _PIPES = {
     "fp32": re.compile(r"(F(FMA|ADD|MUL)|H(FMA|ADD|MUL)2|IMAD)\w*"),
-    "alu": re.compile(r"F(SETP|MNMX|SEL|2FP)|I(ADD|SETP|MNMX|ABS)|VI|LOP|PLOP|SHF|LEA|PRMT|SEL"),
-    "mufu": re.compile(r"MUFU|F2F\b|F2I|I2F|POPC|FLO"),
+    "imad": re.compile(r"IMAD"),  # by half of the fp32 lanes where there are 128
+    "alu": re.compile(
+        r"F(SETP|MNMX|SEL|2FP|2IP)|I(ADD|SETP|MNMX|ABS|2FP)|VI|LOP|PLOP|SHF|LEA|PRMT|SEL"
+    ),
+    "mufu": re.compile(r"MUFU|F2F\b|F2I\b|I2F\b|POPC|FLO"),
 }
 
 
@@ -390,6 +397,18 @@ def trips_of(resources, programs, flops, moved):
     return max(total / programs - r.once.get(kind, 0), 0) / r.trip[kind]
 
 
+def _tensor(flops, r, gpu):
+    """Seconds that the tensor cores take for so many FLOPs of bf16, or what counts as much."""
+    if not r.tensor:
+        return 0.0
+    seconds = flops / (gpu.tensor * PRODUCT)
+    if columns := [int(n) for op in r.tensor for n in _WGMMA.findall(op)]:
+        N = min(columns)  # each is a product of 64 x N x 16, of 2 * 64 * 16 and 2 * N * 16 bytes
+        each = (16 + N / 4) / gpu.clock
+        seconds = max(seconds, flops / (2 * 64 * N * 16) * each / gpu.multiprocessors)
+    return seconds
+
+
 def predict(resources, gpu, programs, flops, moved):
     """What one launch takes: {"seconds", "bound", "memory", "tensor", "compute", "L2"}.
 
@@ -407,7 +426,7 @@ def predict(resources, gpu, programs, flops, moved):
     )
     terms = {
         "memory": moved / min(gpu.bandwidth * COPY, used * 64 * gpu.clock),
-        "tensor": flops * products * tail / (gpu.tensor * PRODUCT) if r.tensor else 0.0,
+        "tensor": _tensor(flops * products * tail, r, gpu),
         "compute": busiest * cycles / gpu.clock,
     }
     bound = max(terms, key=terms.get)

@@ -218,10 +218,13 @@ def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, cau
         )
 
 
-def _runs(cu_seqlens, cu_seqlens_k):
+def _runs(q, k, cu_seqlens, cu_seqlens_k):
     """(sequences, Lq, Lk, first row of q, first row of k) of each run of equal lengths."""
     cu_q = cu_seqlens.tolist()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    for name, cu, rows in (("cu_seqlens", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
+        if cu[-1] > rows:
+            raise ValueError(f"attention: {name} must end at {rows} rows or before, got {cu[-1]}")
     lengths = zip(
         (b - a for a, b in itertools.pairwise(cu_q)), (b - a for a, b in itertools.pairwise(cu_k))
     )
@@ -248,7 +251,7 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
     dtype = q.dtype
     q, k, v = launch.for_products(q, k, v)
     parts = []
-    for n, Lq, Lk, start_q, start_k in _runs(cu_seqlens, cu_seqlens_k):
+    for n, Lq, Lk, start_q, start_k in _runs(q, k, cu_seqlens, cu_seqlens_k):
         if Lq > max_seqlen or Lk > max_seqlen_k:
             given = f"{max_seqlen} and {max_seqlen_k}"
             raise ValueError(
@@ -279,7 +282,7 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
 def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
-    for n, Lq, Lk, start_q, start_k in _runs(cu_seqlens, cu_seqlens_k):
+    for n, Lq, Lk, start_q, start_k in _runs(q, k, cu_seqlens, cu_seqlens_k):
         do_, q_ = (_batch(t, start_q, n, Lq).to(wide) for t in (do, q))
         k_, v_ = (_batch(t, start_k, n, Lk).to(wide) for t in (k, v))
         p = _softmax(q_ @ k_.mT * scale, causal)

@@ -15,7 +15,8 @@ CPU        With AVX-512, oneDNN on the weight as it lies: torch's own linear giv
            half as fast on AMD, whose AVX-512 it does not use, and about as fast on Intel. oneDNN
            adds up K in one chain, MKL in shorter ones: in fp32 a layer errs 1.4 to 1.7 times as
            far, some 1e-6 of its values. GELU or the residual is taken before y leaves the cache.
-           Without AVX-512, torch's own: oneDNN takes 1.0 to 1.2 times as long, and its GELU more.
+           In fp32 without AVX-512, torch's own: oneDNN takes 1.0 to 1.2 times as long, and its
+           GELU more.
            16 bits without instructions for them are multiplied in fp32.
 Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over rows, dresidual = dy.
            Products of torch in the dtype of x, dz rounded to it. Where act is GELU, z is computed
@@ -177,7 +178,8 @@ def is_exact(itemsize, precision):
     return itemsize == 4 and precision == "ieee"
 
 
-SHARED = {80: 163, 90: 227, 100: 227, "gfx942": 64}  # KiB of a multiprocessor; of others 99
+SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, "gfx942": 64}  # KiB of a multiprocessor;
+# of others 99
 
 
 @functools.lru_cache(1024)  # a launch comes here
@@ -265,7 +267,7 @@ def _onednn_takes(x, weight, residual, prepacked=False):
     tensors = [t for t in (x, weight, residual) if t is not None]
     return (
         _product is not None
-        and (AVX512 or prepacked)
+        and (AVX512 or prepacked or x.itemsize == 2)
         and x.dtype in ONEDNN_DTYPES
         and launch.cpu_multiplies(x.dtype)
         and weight.numel() >= SMALL
@@ -291,24 +293,24 @@ def _plain_rows(x, weight, bias, activation, residual):
         y = _plain_rows(wide_x, wide_weight, wide_bias, activation, wide_residual)
         return y.to(x.dtype)
     y = F.linear(x, weight, bias)
-    y = F.gelu(y) if activation else y
+    y = torch.ops.aten.gelu_(y) if activation else y
     return y if residual is None else y.add_(residual)
 
 
 def _onednn(x, weight, bias, activation, residual):
     if residual is not None and not activation:
         return _product_and_add(x, residual, weight, bias, "add")
-    if activation and AVX512:
+    if activation and (AVX512 or x.itemsize == 2):
         y = _product(x, weight, bias, "gelu", [], "none")  # "none": not the tanh form
     else:
         y = _product(x, weight, bias, "none", [], "")
-        y = F.gelu(y) if activation else y
+        y = torch.ops.aten.gelu_(y) if activation else y
     return y if residual is None else y.add_(residual)
 
 
 def prepack(weight):
     """weight [N, K] in the layout that oneDNN computes in, in fp32 where linear would compute in
-    fp32, for prepacked_linear; None where linear would not give it to oneDNN."""
+    fp32, for prepacked_linear; None where oneDNN does not take it."""
     (weight,) = launch.for_products(weight)
     if _reorder is None or not _onednn_takes(weight[:1], weight, None, prepacked=True):
         return None
@@ -323,7 +325,7 @@ def takes_prepacked(x):
         and not launch.INTERPRET
         and torch.backends.mkldnn.enabled
         and x.shape[0] > 0
-        and (AVX512 or x.shape[0] <= FEW or not launch.cpu_multiplies(x.dtype))
+        and (AVX512 or x.shape[0] <= FEW or x.itemsize == 2)
     )
 
 

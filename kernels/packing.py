@@ -68,7 +68,8 @@ def _count_kernel(
     count = tl.zeros([BLOCK_S], tl.int32)
     for start in range(0, S, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        mask = tl.load(mask_ptr + b * stride_mb + offs_s * stride_ms, mask=offs_s < S, other=0)
+        offs = b * stride_mb + offs_s.to(tl.int64) * stride_ms
+        mask = tl.load(mask_ptr + offs, mask=offs_s < S, other=0)
         count += (mask != 0).to(tl.int32)
     tl.store(count_ptr + b, tl.sum(count, 0))
 
@@ -98,7 +99,7 @@ def _index_kernel(
     mask_ptr += b.to(tl.int64) * stride_mb
     for start in range(0, S, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        mask = tl.load(mask_ptr + offs_s * stride_ms, mask=offs_s < S, other=0)
+        mask = tl.load(mask_ptr + offs_s.to(tl.int64) * stride_ms, mask=offs_s < S, other=0)
         token = (mask != 0).to(tl.int32)
         rows_t = t + tl.cumsum(token, 0) - token
         tl.store(row_index_ptr + rows_t, b * S + offs_s, mask=token != 0)

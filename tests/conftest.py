@@ -21,10 +21,10 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if op := config.getoption("--op"):
+        params = [getattr(item, "callspec", None) and item.callspec.params for item in items]
         items[:] = [
-            item for item in items
-            if (spec := getattr(item, "callspec", None)) and spec.params["spec"].name == op
-        ]  # fmt: skip
+            item for item, of in zip(items, params) if of and "spec" in of and of["spec"].name == op
+        ]
 
 
 @pytest.fixture
@@ -38,6 +38,14 @@ def poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tf32():
+    """Products of fp32 may be TF32, as torch's current switch has it."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 @pytest.fixture

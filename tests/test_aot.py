@@ -67,17 +67,14 @@ def test_attention_in_fp32_adds_up_sums_of_tiles_not_one_chain_over_all_keys():
         assert any(not name.startswith("%cst") for name in start) == chains
 
 
+@pytest.mark.usefixtures("tf32")
 def test_tf32_runs_on_tensor_cores_without_spills():
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        for spec in (s for s in SPECS if s.name in ("attention", "linear")):
-            for case, arch in itertools.product(spec.bench[:2], GATED):
-                for launched in compile_all(spec, case, torch.float32, [arch])[arch]:
-                    resources = analyse(launched.kernel, TARGETS[arch])
-                    assert any("TF32" in op or "xf32" in op for op in resources.tensor), resources
-                    assert resources.spills["hot"] == 0, resources
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
+    for spec in (s for s in SPECS if s.name in ("attention", "linear")):
+        for case, arch in itertools.product(spec.bench[:2], GATED):
+            for launched in compile_all(spec, case, torch.float32, [arch])[arch]:
+                resources = analyse(launched.kernel, TARGETS[arch])
+                assert any("TF32" in op or "xf32" in op for op in resources.tensor), resources
+                assert resources.spills["hot"] == 0, resources
 
 
 def test_a_batch_of_another_shape_compiles_nothing():

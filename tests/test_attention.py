@@ -25,6 +25,18 @@ def attend(sequences, causal, max_seqlen, further=0):
     return o[: sum(lengths)].split(lengths)
 
 
+@pytest.mark.skipif(GPU or INTERPRET, reason="only the CPU's form knows the lengths")
+def test_lengths_past_the_rows_are_refused():
+    q = torch.randn(12, 2, 16)
+    with pytest.raises(ValueError, match="cu_seqlens must end at 10 rows or before, got 12"):
+        attention(q[:10], q[:10], q[:10], cu_seqlens_of([5, 7], "cpu"), 7)
+    with pytest.raises(ValueError, match="cu_seqlens_k must end at 10 rows or before, got 12"):
+        attention(
+            q, q[:10], q[:10], cu_seqlens_of([12], "cpu"), 12,
+            cu_seqlens_k=cu_seqlens_of([12], "cpu"), max_seqlen_k=12,
+        )  # fmt: skip
+
+
 @pytest.mark.skipif(not (GPU or INTERPRET), reason="torch's own attention chooses by shape")
 @pytest.mark.usefixtures("sums_without_place")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from bert_fast.kernels import SPECS
+from bert_fast.kernels import SPECS, launch
 from bert_fast.kernels.launch import INTERPRET
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
@@ -655,12 +655,12 @@ def test_ceilings_are_work_over_time():
 
 
 def test_tf32_is_allowed_where_it_is_asked_for_alone():
-    seen = []
+    seen, before = [], torch.backends.cuda.matmul.fp32_precision
     problem = Problem(None, 0, 0, "", [torch.ones(1)], lambda e, b: None, {"C": 1.0, "B": 1.0})
 
     def build(problem):
         def run():
-            seen.append(torch.backends.cuda.matmul.allow_tf32)
+            seen.append(launch.allows_tf32())
             return torch.ones(1)
 
         return lambda inputs: run
@@ -671,7 +671,7 @@ def test_tf32_is_allowed_where_it_is_asked_for_alone():
         found = measured(Workload("w", torch.float32, (it,), "it", lambda: problem, tf32=tf32))
         assert set(seen) == {tf32}
         assert found["it"]["dtype"] == ("tf32" if tf32 else "float32")
-    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 def test_inputs_without_memory_are_rows_too():

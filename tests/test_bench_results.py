@@ -362,6 +362,6 @@ def test_frozen_weights_have_a_column_where_they_were_measured(house):
     measured["rows"].append(row("ours, frozen", 3.0, error=error, baseline_error=error))
     saved(path, measured)
     printed = readme.block(readme.newest(), [])
-    assert "| stock sdpa | stock sdpa, frozen weights |" in printed
+    assert "| stock sdpa | ours frozen, over stock sdpa |" in printed
     assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 3.0 |" in printed
     assert "| base squad-384 | float32 | 0.50 | 4.0 (3.8 to 4.2) |  |" in printed

@@ -35,6 +35,16 @@ def any_number_of_rows(monkeypatch):
 
 
 @torch.no_grad()
+def test_the_copy_goes_where_weights_leave_the_cpu():
+    _, model = pair()
+    model(ids_of())
+    part = model.encoder.layer[0].intermediate.dense
+    assert part.__dict__[frozen.NAME]._kept[0] is not None
+    assert frozen.prepacked([part], torch.empty(2, 128, device="meta")) is None
+    assert part.__dict__[frozen.NAME]._kept[0] is None
+
+
+@torch.no_grad()
 def test_without_avx512_short_inputs_alone_run_on_the_copy(made, monkeypatch):
     monkeypatch.setattr(linear_file, "AVX512", False)
     _, model = pair()

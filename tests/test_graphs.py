@@ -419,6 +419,18 @@ def test_an_embedding_of_other_ids_is_never_read_from_an_old_table():
         assert bucket_of(model, Inputs(input_ids=ids), {}) is None
 
 
+def test_what_is_recorded_after_weights_have_moved_is_kept():
+    plain, model = pair()
+    with torch.no_grad():
+        model(**inputs_of())
+        plain.bfloat16(), model.bfloat16()  # weights stand apart again, till the next forward
+        kept = []
+        for _ in range(3):
+            assert_same(model, plain, **inputs_of())
+            kept.append(list(graphs_of(model)._graphs.values()))
+    assert kept[0] == kept[1] == kept[2] and len(kept[2]) == 1
+
+
 def test_what_was_played_before_others_recorded_anew_is_not_taken():
     plain, model = pair()
     given = Inputs(**inputs_of())

@@ -27,15 +27,19 @@ def operands(T, K, N, dtype):
 # -- the same bits whatever the batch ------------------------------------------------------
 @pytest.mark.skipif(not KERNELS, reason="libraries choose their sums by the number of rows")
 @pytest.mark.parametrize("arch", [80, 90, "gfx942"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, "tf32"], ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.usefixtures("sums_without_place")
 @torch.no_grad()
-def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypatch):
+def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypatch, request):
     """Alone, in another order, with other rows behind, in every form of tile that there is."""
     if GPU:
         arch = file.launch.arch()
     monkeypatch.setattr(file.launch, "_gpus", lambda: False)  # whose table would choose the form
+    precision = "ieee"
+    if dtype == "tf32":
+        request.getfixturevalue("tf32")
+        dtype, precision = torch.float32, "tf32"
     monkeypatch.setattr(file.launch, "arch", lambda: arch)
     x, weight, bias = operands(131, 200, 96, dtype)
     residual = torch.randn(131, 96, device=DEVICE).to(dtype)
@@ -46,9 +50,21 @@ def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypat
     count = torch.tensor([70], device=DEVICE)
     ours = linear(x, weight, bias, activation, residual, num_tokens=count)
     assert torch.equal(ours[:70], expected[:70])
-    for form in file._forms(arch, dtype.itemsize, "ieee"):
+    for form in file._forms(arch, dtype.itemsize, precision):
         monkeypatch.setattr(file, "_tile", lambda *_, form=form: form)
         assert torch.equal(linear(x, weight, bias, activation, residual), expected), form
+
+
+@pytest.mark.skipif(not KERNELS, reason="of the kernel")
+@pytest.mark.usefixtures("tf32")
+@torch.no_grad()
+def test_tf32_loses_what_it_must_and_no_more():
+    x, weight, bias = operands(70, 200, 96, torch.float32)
+    truth = F.linear(*(t.double() for t in (x, weight, bias)))
+    error = (linear(x, weight, bias).double() - truth).abs()
+    most = x.abs().double() @ weight.abs().double().mT * 2**-9  # ten bits of each factor are left
+    assert (error <= most).all()
+    assert error.max() > 100 * torch.finfo(torch.float32).eps  # that it was TF32
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])

@@ -4,6 +4,7 @@ A call that falls back must agree with the stock model to the last bit.
 """
 
 import copy
+import functools
 import pickle
 import threading
 import types
@@ -11,7 +12,6 @@ import types
 import pytest
 import torch
 import transformers
-from accelerate import hooks
 from models import (
     HEADS,
     B,
@@ -433,17 +433,23 @@ def compiled(model):
 
 
 def hooked(model):
+    hooks = pytest.importorskip("accelerate.hooks")
     hooks.add_hook_to_module(model, hooks.ModelHook())
+
+
+def curried(model):
+    model.forward = functools.partial(model.forward, return_dict=True)
 
 
 def undo(model):
     if hasattr(model, "_hf_hook"):
+        hooks = pytest.importorskip("accelerate.hooks")
         hooks.remove_hook_from_module(model)
     else:
         del model.forward
 
 
-@pytest.mark.parametrize("replace", [compiled, hooked])
+@pytest.mark.parametrize("replace", [compiled, hooked, curried])
 def test_a_forward_replaced_before_is_named_and_undone_it_is_not_in_the_way(
     replace, device, caplog
 ):
@@ -467,7 +473,20 @@ def test_a_forward_replaced_before_is_named_and_undone_it_is_not_in_the_way(
     assert torch.equal(model["inside"](ids_of(device))[0], expected)
 
 
-@pytest.mark.parametrize("replace", [compiled, hooked])
+class Decorated(bert_fast.BertModel):
+    @torch.no_grad()
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_forward_of_a_subclass_hides_nothing(caplog):
+    model = Decorated(config_of("BertModel")).eval()
+    bert_fast.accelerate(model, frozen=True)
+    assert "does not run" not in caplog.text
+    assert bert_fast.report(model).swapped[0].reason is None
+
+
+@pytest.mark.parametrize("replace", [compiled, hooked, curried])
 def test_a_forward_replaced_later_runs_the_kernels_and_stands_in_the_way_of_restore(
     replace, device
 ):
