@@ -313,7 +313,7 @@ def test_tiles_come_from_l2_each_once_however_far_ahead_they_are_loaded(stages):
 def test_predictions_stand_beside_what_a_result_file_measured(tmp_path):
     case = "gelu(shape=(16384, 3072))"
     content = {
-        "device": {"name": "NVIDIA H200"},
+        "device": {"name": "NVIDIA H200", "multiprocessors": 132},
         "rows": [
             {"workload": case, "dtype": "bfloat16", "contender": who, "status": status,
              "median_s": 9e-5}
@@ -321,7 +321,9 @@ def test_predictions_stand_beside_what_a_result_file_measured(tmp_path):
         ],
     }  # fmt: skip
     (tmp_path / "h200.json").write_text(json.dumps(content))
-    (tmp_path / "cpu.json").write_text(json.dumps({**content, "device": {"name": "a CPU"}}))
+    for name, count in (("a CPU", None), ("NVIDIA GH200 480GB", 132), ("NVIDIA H100 PCIe", 114)):
+        other = {**content, "device": {"name": name, "multiprocessors": count}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(other))
     (gelu,) = (s for s in SPECS if s.name == "gelu")
     rows = report([gelu], ["sm_90"], ["bfloat16"])
     ((file, gpu, at, dtype, ours, theirs),) = aot.measured(rows, tmp_path)
