@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 from .architectures import find
-from .coverage import asked, decodes, is_transformed
+from .coverage import asked, decodes, is_transformed, reason_of_parts
 from .inputs import Inputs, room
 from .kernels.launch import allows_tf32
 
@@ -78,8 +78,7 @@ def bucket_of(model, inputs, kwargs):
             if t.device != x.device or t.shape[:2] not in ((B, S), (1, S)):
                 return None
             kinds.append((name, t.dtype, t.shape[2:]))
-    tables = _tables(model)
-    if tables is None:
+    if reason_of_parts(model):
         return None
     most = room(model)
     if inputs.position_ids is None and S > most:  # whether that fails depends on the padding
@@ -87,20 +86,17 @@ def bucket_of(model, inputs, kwargs):
     rows, columns = _size(B), max(S, min(-(-S // 64) * 64, most))
     if not 0 < rows * columns <= MAX_TOKENS:
         return None
-    return Bucket(rows, columns, tuple(kinds), tables, allows_tf32())
+    return Bucket(rows, columns, tuple(kinds), _tables(model), allows_tf32())
 
 
 COPIED = "input_ids", "inputs_embeds", "token_type_ids", "position_ids"
 
 
 def _tables(model):
-    """Rows of the embeddings; None where something else has taken their place."""
-    try:
-        parts = find(model, model.architecture.embeddings)
-        of = (parts.word, parts.position, parts.token_type)
-        return tuple(m.weight.shape[0] for m in of if m is not None)
-    except AttributeError:
-        return None
+    """Rows of the embeddings."""
+    parts = find(model, model.architecture.embeddings)
+    of = (parts.word, parts.position, parts.token_type)
+    return tuple(m.weight.shape[0] for m in of if m is not None)
 
 
 def _size(B):

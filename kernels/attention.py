@@ -185,7 +185,7 @@ def _config(D, itemsize, arch):
         )
     else:
         # Operands that sm_90 and sm_100 read from shared memory take registers elsewhere.
-        lean = isinstance(arch, int) and not 90 <= arch < 120
+        lean = isinstance(arch, int) and not launch.multiplies_from_shared_memory(arch)
         M, N, warps, stages = {128: (128, 32, 8, 2), 256: (64, 32, 8, 2)}.get(
             BLOCK_D, (64, 64, 4, 3) if lean else (128, 64, 8, 3)
         )

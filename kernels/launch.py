@@ -318,6 +318,12 @@ def _arch(device):
     return triton.runtime.driver.active.get_current_target().arch
 
 
+def multiplies_from_shared_memory(arch):
+    """Whether tensor cores read operands there, as those of sm_90 and sm_100 do; from registers
+    else."""
+    return isinstance(arch, int) and 90 <= arch < 120
+
+
 def multiprocessors():
     """Of the current GPU; 132, as an H100 has, in the interpreter."""
     return 132 if INTERPRET else _multiprocessors(triton.runtime.driver.active.get_current_device())
