@@ -351,7 +351,7 @@ def embedding(
         row_index.ndim != 1 or row_index.dtype not in (torch.int32, torch.int64)
     ):
         raise ValueError(f"embedding: row_index must be integer [T], got {show(row_index)}")
-    launch.check_num_tokens("embedding", num_tokens, word)
+    launch.check_num_tokens("embedding", num_tokens)
     args = (
         input_ids, inputs_embeds, token_type_ids, position_ids, row_index, word, position,
         token_type, weight, bias, padding_idx, eps, num_tokens,

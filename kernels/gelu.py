@@ -156,7 +156,7 @@ def gelu(x, bias=None, num_tokens=None):
     if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
         want = show(x[..., :0].new_empty(x.shape[-1:]))
         raise ValueError(f"gelu: bias must be {want} like the rows of x, got {show(bias)}")
-    launch.check_num_tokens("gelu", num_tokens, x)
+    launch.check_num_tokens("gelu", num_tokens)
     if torch.is_grad_enabled():
         return _Gelu.apply(x, bias, num_tokens)
     return _gelu(x, bias, num_tokens)

@@ -357,11 +357,9 @@ def show(t):
     return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}{device}"
 
 
-def check_num_tokens(op, num_tokens, x):
-    """Raise unless num_tokens is None or one integer beside x [T, ...]."""
+def check_num_tokens(op, num_tokens):
+    """Raise unless num_tokens is None or one integer."""
     if num_tokens is None:
         return
     if num_tokens.numel() != 1 or num_tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: num_tokens must be int32[1] or int64[1], got {show(num_tokens)}")
-    if num_tokens.device != x.device:
-        raise ValueError(f"{op}: num_tokens must be on {x.device}, got {show(num_tokens)}")

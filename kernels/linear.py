@@ -438,7 +438,7 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
     if residual is not None and (residual.shape != (x.shape[0], N) or residual.dtype != x.dtype):
         want = f"{dtype}[{x.shape[0]}, {N}]"
         raise ValueError(f"linear: residual must be {want} like the result, got {show(residual)}")
-    launch.check_num_tokens("linear", num_tokens, x)
+    launch.check_num_tokens("linear", num_tokens)
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight, bias, activation, residual, num_tokens)
     return _linear(x, weight, bias, activation, residual, num_tokens)
