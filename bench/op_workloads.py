@@ -30,6 +30,8 @@ def ops(dtype, device, quick, tf32=False):
     """
     found = []
     for spec in SPECS:
+        if spec.gradient:
+            continue
         cases = (*spec.bench, *MORE.get(spec.name, ()))
         for n, case in enumerate((spec.whole,) if quick else cases):
             found.append(_workload(spec, case, dtype, device, tf32))

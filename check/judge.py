@@ -90,6 +90,10 @@ class Judge:
             weight * max(distance(v[i], t) for v in versions) if is_float(t) else 0.0
             for i, t in enumerate(self.truth)
         ]
+        # Gradients have the dtype of what they are of, which may not be that of the op.
+        result = spec.ref(**inputs)
+        several = isinstance(result, tuple)
+        self.dtypes = [t.dtype for t in result] if several else [dtype]
         stock = versions if near == dtype else [_tensors(spec.ref(**cast(inputs, dtype)))]
         pairs = [(s, t) for s, t in zip(stock[0], self.truth, strict=True) if is_float(t)]
         self.stock = max((self._error_of_stock(s, t) for s, t in pairs), default=0.0)
@@ -112,25 +116,26 @@ class Judge:
         output = _tensors(output)
         if len(output) != len(self.truth):
             return torch.inf, torch.inf
-        for ours, truth, cost in zip(output, self.truth, self.cost, strict=True):
+        given = zip(output, self.truth, self.cost, self.dtypes, strict=True)
+        for ours, truth, cost, dtype in given:
             if ours.shape != truth.shape:
                 return torch.inf, torch.inf
             if not is_float(truth):
                 if ours.dtype != truth.dtype or not torch.equal(ours, truth):
                     return torch.inf, torch.inf
                 continue
-            if ours.dtype != self.dtype:
+            if ours.dtype != dtype:
                 return torch.inf, torch.inf
             if not truth.numel():
                 continue
-            rounded = truth.to(self.dtype)
+            rounded = truth.to(dtype)
             finite = rounded.isfinite()
             scale = truth[finite].abs().max().item() if finite.any() else 0.0
-            tiny = torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps
-            allowed = torch.finfo(self.dtype).eps * truth.abs() + cost + EPS32 * scale + tiny
+            tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            allowed = torch.finfo(dtype).eps * truth.abs() + cost + EPS32 * scale + tiny
             apart = (ours.double() - truth).abs()
             # A truth past the largest number may come out as that number or as infinity.
-            largest = torch.finfo(self.dtype).max
+            largest = torch.finfo(dtype).max
             past = rounded.isinf() & truth.isfinite() & (ours * truth.sign() >= largest)
             share = torch.where(finite, apart / allowed, torch.where(past, 0.0, torch.inf))
             share = share.masked_fill(truth.isnan(), 0.0)  # nothing is promised there

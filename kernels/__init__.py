@@ -11,6 +11,8 @@ if __name__ == "kernels":
 else:
     from .attention import SPEC as ATTENTION
     from .attention import attention
+    from .attention_backward import SPEC as ATTENTION_BACKWARD
+    from .attention_backward import attention_backward
     from .embedding import SPEC as EMBEDDING
     from .embedding import embedding
     from .gelu import SPEC as GELU
@@ -18,13 +20,18 @@ else:
     from .launch import backend, missing
     from .layer_norm import SPEC as LAYER_NORM
     from .layer_norm import layer_norm
+    from .layer_norm_backward import SPEC as LAYER_NORM_BACKWARD
+    from .layer_norm_backward import layer_norm_backward
     from .linear import SPEC as LINEAR
     from .linear import linear
     from .packing import PACK, UNPACK, Packing, pack, unpack
 
-    SPECS = (ATTENTION, LAYER_NORM, GELU, LINEAR, EMBEDDING, PACK, UNPACK)
+    SPECS = (
+        ATTENTION, ATTENTION_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD, GELU, LINEAR, EMBEDDING,
+        PACK, UNPACK,
+    )  # fmt: skip
 
 __all__ = [
-    "SPECS", "Packing", "attention", "backend", "embedding", "gelu", "layer_norm", "linear",
-    "missing", "pack", "unpack",
+    "SPECS", "Packing", "attention", "attention_backward", "backend", "embedding", "gelu",
+    "layer_norm", "layer_norm_backward", "linear", "missing", "pack", "unpack",
 ]

@@ -9,8 +9,7 @@ Causal     query i of Lq sees key j of Lk where j <= i + Lk - Lq: the last query
 Precision  Scores, softmax and sums in fp32. Probabilities are rounded to the dtype of v before
            they are multiplied with it, and o once. fp32 products are exact fp32 ("ieee") unless
            torch.backends.cuda.matmul.fp32_precision allows TF32.
-Backward   with p the probabilities: dv = p^T do, dp = do v^T, ds = p * (dp - sum(do * o)),
-           dq = scale * ds k, dk = scale * ds^T q. PyTorch, a sequence at a time, for now.
+Backward   attention_backward.py.
 Source     Vaswani et al., Attention Is All You Need, 2017, section 3.2. The softmax is online, a
            tile of keys at a time: Milakov, Gimelshein, Online normalizer calculation for softmax,
            2018; Dao et al., FlashAttention, 2022, algorithm 1.
@@ -32,7 +31,7 @@ LOG2E = math.log2(math.e)
 
 
 # -- reference ------------------------------------------------------------------------------
-def _softmax(scores, causal):
+def softmax(scores, causal):
     """Of scores [..., Lq, Lk] over the keys that a query sees; zeros where it sees none."""
     Lq, Lk = scores.shape[-2:]
     unseen = torch.ones(Lq, Lk, dtype=torch.bool, device=scores.device)
@@ -52,7 +51,7 @@ def attention_ref(
         of_q = slice(cu_seqlens[b], cu_seqlens[b + 1])
         of_k = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
         scores = torch.einsum("qhd,khd->hqk", q[of_q], k[of_k]) * scale
-        p = _softmax(scores, causal)
+        p = softmax(scores, causal)
         o[of_q] = torch.einsum("hqk,khd->qhd", p, v[of_k])
     return o
 
@@ -197,12 +196,12 @@ def _config(D, itemsize, arch):
     return launch.configuration("attention", config, fixed=("BLOCK_D",), D=D, itemsize=itemsize)
 
 
-def _unit(t):
+def unit_stride(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
-    q, k, v = _unit(q), _unit(k), _unit(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     cu_seqlens = cu_seqlens.contiguous()
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
     heads, D = q.shape[1:]
@@ -218,7 +217,7 @@ def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, cau
         )
 
 
-def _runs(q, k, cu_seqlens, cu_seqlens_k):
+def runs(q, k, cu_seqlens, cu_seqlens_k):
     """(sequences, Lq, Lk, first row of q, first row of k) of each run of equal lengths."""
     cu_q = cu_seqlens.tolist()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
@@ -235,7 +234,7 @@ def _runs(q, k, cu_seqlens, cu_seqlens_k):
         start_q, start_k = start_q + n * Lq, start_k + n * Lk
 
 
-def _batch(t, start, n, length):
+def batch_of(t, start, n, length):
     """n sequences of equal length in t [T, heads, D] as a view [n, heads, length, D]."""
     stride_t, stride_h, stride_d = t.stride()
     return t.as_strided(  # at once: slicing and so on takes a tenth of a ragged batch's attention
@@ -251,7 +250,7 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
     dtype = q.dtype
     q, k, v = launch.for_products(q, k, v)
     parts = []
-    for n, Lq, Lk, start_q, start_k in _runs(q, k, cu_seqlens, cu_seqlens_k):
+    for n, Lq, Lk, start_q, start_k in runs(q, k, cu_seqlens, cu_seqlens_k):
         if Lq > max_seqlen or Lk > max_seqlen_k:
             given = f"{max_seqlen} and {max_seqlen_k}"
             raise ValueError(
@@ -264,9 +263,9 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
             continue
         unmasked = not causal or Lq >= Lk
         o = F.scaled_dot_product_attention(
-            _batch(q, start_q, n, Lq)[:, :, blind:],
-            _batch(k, start_k, n, Lk),
-            _batch(v, start_k, n, Lk),
+            batch_of(q, start_q, n, Lq)[:, :, blind:],
+            batch_of(k, start_k, n, Lk),
+            batch_of(v, start_k, n, Lk),
             None if unmasked else q.new_ones(Lq, Lk, dtype=torch.bool).tril(Lk - Lq),
             is_causal=causal and unmasked,
             scale=scale,
@@ -279,21 +278,6 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
     return launch.with_room(o.to(dtype).contiguous(), len(q))
 
 
-def _plain_backward(do, q, k, v, cu_seqlens, cu_seqlens_k, causal, scale):
-    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    for n, Lq, Lk, start_q, start_k in _runs(q, k, cu_seqlens, cu_seqlens_k):
-        do_, q_ = (_batch(t, start_q, n, Lq).to(wide) for t in (do, q))
-        k_, v_ = (_batch(t, start_k, n, Lk).to(wide) for t in (k, v))
-        p = _softmax(q_ @ k_.mT * scale, causal)
-        dp = do_ @ v_.mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        _batch(dq, start_q, n, Lq).copy_(ds @ k_)
-        _batch(dk, start_k, n, Lk).copy_(ds.mT @ q_)
-        _batch(dv, start_k, n, Lk).copy_(p.mT @ do_)
-    return dq, dk, dv
-
-
 # -- registration ---------------------------------------------------------------------------
 _attention = launch.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k,"
@@ -302,31 +286,46 @@ _attention = launch.define(
     launch=_forward,
     plain=_plain,
 )
-_attention_backward = launch.define_plain(
-    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens,"
-    " Tensor? cu_seqlens_k, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
-    outputs=lambda do, q, k, v, *_: (
-        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    ),
-    plain=_plain_backward,
-)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
         ctx.save_for_backward(q, k, v, cu_q, cu_k)
-        ctx.causal, ctx.scale = causal, scale
-        return _attention(q, k, v, cu_q, cu_k, max_q, max_k, causal, scale)
+        ctx.others = max_q, max_k, causal, scale
+        return _attention(q, k, v, cu_q, cu_k, *ctx.others)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
-        grads = _attention_backward(do, *ctx.saved_tensors, ctx.causal, ctx.scale)
-        return *grads, *[None] * 6
+        op = torch.ops.bert_fast.attention_backward.default  # of attention_backward.py
+        return *op(do, *ctx.saved_tensors, *ctx.others), *[None] * 6
 
 
 # -- public op ------------------------------------------------------------------------------
+def check_sequences(op, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen_k):
+    """Raise ValueError for what attention and its backward cannot mean."""
+    if q.ndim != 3 or not 1 <= q.shape[2] <= MAX_D or q.dtype not in DTYPES:
+        raise ValueError(
+            f"{op}: q must be fp32, fp16 or bf16 [T, heads, 1 to {MAX_D}], got {show(q)}"
+        )
+    if (cu_seqlens_k is None) != (max_seqlen_k is None):
+        got = f"{show(cu_seqlens_k)} and {max_seqlen_k}"
+        raise ValueError(f"{op}: cu_seqlens_k and max_seqlen_k go together, got {got}")
+    for name, t, T in (("k", k, k.shape[0]), ("v", v, k.shape[0])):
+        if t.shape != (T, *q.shape[1:]) or t.dtype != q.dtype:
+            dtype = str(q.dtype).removeprefix("torch.")
+            want = f"{dtype}[{T}, {q.shape[1]}, {q.shape[2]}]"
+            raise ValueError(f"{op}: {name} must be {want} like q, got {show(t)}")
+    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
+        raise ValueError(f"{op}: k must have the rows of q, {q.shape[0]}, got {show(k)}")
+    for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
+        if t is None:
+            continue
+        if t.dtype != torch.int32 or t.ndim != 1 or t.shape != cu_seqlens.shape or t.shape[0] == 0:
+            raise ValueError(f"{op}: {name} must be int32[B + 1], got {show(t)}")
+
+
 def attention(
     q, k, v, cu_seqlens, max_seqlen, *,
     cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, num_tokens=None,
@@ -347,25 +346,7 @@ def attention(
     Differentiable once, in q, k and v. The last dimension is copied if it is not contiguous, the
     others may have any stride. Raises ValueError for any other shape or dtype.
     """
-    if q.ndim != 3 or not 1 <= q.shape[2] <= MAX_D or q.dtype not in DTYPES:
-        raise ValueError(
-            f"attention: q must be fp32, fp16 or bf16 [T, heads, 1 to {MAX_D}], got {show(q)}"
-        )
-    if (cu_seqlens_k is None) != (max_seqlen_k is None):
-        got = f"{show(cu_seqlens_k)} and {max_seqlen_k}"
-        raise ValueError(f"attention: cu_seqlens_k and max_seqlen_k go together, got {got}")
-    for name, t, T in (("k", k, k.shape[0]), ("v", v, k.shape[0])):
-        if t.shape != (T, *q.shape[1:]) or t.dtype != q.dtype:
-            dtype = str(q.dtype).removeprefix("torch.")
-            want = f"{dtype}[{T}, {q.shape[1]}, {q.shape[2]}]"
-            raise ValueError(f"attention: {name} must be {want} like q, got {show(t)}")
-    if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
-        raise ValueError(f"attention: k must have the rows of q, {q.shape[0]}, got {show(k)}")
-    for name, t in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
-        if t is None:
-            continue
-        if t.dtype != torch.int32 or t.ndim != 1 or t.shape != cu_seqlens.shape or t.shape[0] == 0:
-            raise ValueError(f"attention: {name} must be int32[B + 1], got {show(t)}")
+    check_sequences("attention", q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen_k)
     launch.check_num_tokens("attention", num_tokens)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     args = (q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale)

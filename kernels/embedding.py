@@ -21,15 +21,8 @@ from torch.nn import functional as F
 
 from . import launch
 from .launch import DTYPES, show, tl, triton
-from .layer_norm import (
-    MAX_N,
-    layer_norm_gradients,
-    layer_norm_ref,
-    load_row,
-    normalize,
-    plain_layer_norm,
-    row_config,
-)
+from .layer_norm import MAX_N, layer_norm_ref, load_row, normalize, plain_layer_norm, row_config
+from .layer_norm_backward import layer_norm_gradients
 from .spec import Spec
 
 
@@ -103,7 +96,8 @@ def _forward_kernel(
     weight = load_row(weight_ptr, offs_n, mask_n)
     bias = load_row(bias_ptr, offs_n, mask_n)
 
-    y = normalize(h, mask_n, N, eps) * weight + bias
+    x_hat, _ = normalize(h, mask_n, N, eps)
+    y = x_hat * weight + bias
 
     tl.store(y_ptr + t * N + offs_n, y, mask=mask_n)
 

@@ -237,14 +237,17 @@ def tf32(x):
 
 
 def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """Exact products of the operands as the tensor core reads them, summed in the dtype of d.
+    """Exact products of the operands as the tensor core reads them, summed in fp64 and rounded to
+    the dtype of d: BLAS in that dtype would add up in an order that depends on the tile and on
+    where in it a number lies, and a b would not be (b^T a^T)^T. On no GPU is that so.
 
     tf32x3 and the like differ from fp32 by less than the order of a sum does: exact here.
     """
     factors = [decode(t.data, t.dtype.scalar) for t in (a, b)]
     if input_precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
         factors = [tf32(np.ascontiguousarray(t)) for t in factors]
-    return TensorHandle(np.matmul(*factors, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+    product = np.matmul(*factors, dtype=np.float64).astype(d.data.dtype)
+    return TensorHandle(product + d.data, d.dtype.scalar)
 
 
 def _mend_dot():

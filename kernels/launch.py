@@ -177,7 +177,8 @@ def with_room(t, M):
 def pad_rows(t, M):
     """t [T, ...] with rows of zeros up to M: a gradient, which others are added to."""
     out = with_room(t, M)
-    out[len(t) :] = 0
+    if len(t) < M:
+        out[len(t) :] = 0
     return out
 
 

@@ -6,9 +6,7 @@
 Shapes     x, residual, y [..., N]; weight, bias [N]; N <= 8192. The leading dimensions are M
            rows, possibly none. Without a residual, h is x.
 Precision  fp32 throughout, the sum h too. y is rounded once, to the dtype of x.
-Backward   with g = dy * weight, x_hat = (h - mean(h)) * rstd, means over N, sums over rows:
-           dx = dresidual = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
-           dweight = sum(dy * x_hat), dbias = sum(dy); PyTorch in fp32, each rounded once.
+Backward   layer_norm_backward.py.
 Source     Ba, Kiros, Hinton, Layer Normalization, 2016.
 """
 
@@ -41,11 +39,12 @@ def load_row(ptr, offs_n, mask_n):
 
 @triton.jit
 def normalize(h, mask_n, N, eps):
-    """(h - mean) * rstd of one row h [BLOCK_N]; zero past N."""
+    """((h - mean) * rstd, rstd) of one row h [BLOCK_N]; zero past N."""
     mean = tl.sum(h, axis=0) / N
     # Two passes: where |mean| >> std, mean(h^2) - mean(h)^2 is nothing but rounding error.
     centred = tl.where(mask_n, h - mean, 0.0)
-    return centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
+    return centred * rstd, rstd
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_tokens_ptr"])
@@ -74,7 +73,8 @@ def _forward_kernel(
     if residual_ptr is not None:
         h += load_row(residual_ptr + row * stride_rm, offs_n, mask_n)
 
-    y = normalize(h, mask_n, N, eps) * weight + bias
+    x_hat, _ = normalize(h, mask_n, N, eps)
+    y = x_hat * weight + bias
 
     tl.store(y_ptr + row * N + offs_n, y, mask=mask_n)
 
@@ -104,7 +104,7 @@ def plain_layer_norm(h, weight, bias, eps, dtype):
     return y.to(dtype)
 
 
-def _sum(x, residual):
+def sum_of(x, residual):
     """h in fp32, or in fp64 for fp64: x itself where nothing is to be done."""
     h = x if x.dtype == torch.float64 else x.float()
     return h if residual is None else h + residual
@@ -113,26 +113,7 @@ def _sum(x, residual):
 def _plain(x, weight, bias, residual, eps, num_tokens):
     M = len(x)
     x, residual = launch.head(num_tokens, x, residual)
-    return launch.with_room(plain_layer_norm(_sum(x, residual), weight, bias, eps, x.dtype), M)
-
-
-def _plain_backward(dy, x, weight, residual, eps, num_tokens):
-    shape = x.shape
-    dy, x, residual = launch.head(num_tokens, dy, x, residual)
-    dh, dweight, dbias = layer_norm_gradients(dy, _sum(x, residual), weight, eps)
-    return launch.pad_rows(dh.to(x.dtype), shape[0]), torch.stack((dweight, dbias))
-
-
-def layer_norm_gradients(dy, h, weight, eps):
-    """dh [..., N] and dweight, dbias [N], all in the dtype of h."""
-    dy = dy.to(h.dtype)
-    centred = h - h.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    x_hat = centred * rstd
-    g = dy * weight
-    dh = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
-    N = h.shape[-1]
-    return dh, (dy * x_hat).reshape(-1, N).sum(0), dy.reshape(-1, N).sum(0)
+    return launch.with_room(plain_layer_norm(sum_of(x, residual), weight, bias, eps, x.dtype), M)
 
 
 # -- registration ---------------------------------------------------------------------------
@@ -142,15 +123,6 @@ _layer_norm = launch.define(
     outputs=lambda x, weight, bias, residual, eps, num_tokens: x.new_empty(x.shape),
     launch=_forward,
     plain=_plain,
-)
-_layer_norm_backward = launch.define_plain(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? residual, float eps,"
-    " Tensor? num_tokens) -> (Tensor dx, Tensor dparams)",
-    outputs=lambda dy, x, weight, residual, eps, num_tokens: (
-        x.new_empty(x.shape),
-        x.new_empty(2, x.shape[-1], dtype=torch.float32),
-    ),
-    plain=_plain_backward,
 )
 
 
@@ -165,8 +137,8 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable  # else a second derivative would be zeros and a warning
     def backward(ctx, dy):
         x, weight, residual, num_tokens = ctx.saved_tensors
-        dx, dparams = _layer_norm_backward(dy, x, weight, residual, ctx.eps, num_tokens)
-        dweight, dbias = dparams.to(weight.dtype).unbind()
+        op = torch.ops.bert_fast.layer_norm_backward.default  # of layer_norm_backward.py
+        dx, dweight, dbias = op(dy, x, weight, residual, ctx.eps, num_tokens)
         return dx, dweight, dbias, None if residual is None else dx, None, None
 
 

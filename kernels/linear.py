@@ -351,7 +351,7 @@ def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_
     dz = dy
     if activation:
         z = _linear(x, weight, bias, None, None, None)
-        dz = torch.ops.aten.gelu_backward(dy.float(), z.float()).to(x.dtype)
+        dz = torch.ops.aten.gelu_backward(dy, z)  # in fp32 inside
     return (
         launch.pad_rows(_matmul(dz, weight), T) if needs_x else x.new_empty(0),
         _matmul(dz.mT, x) if needs_weight else x.new_empty(0),

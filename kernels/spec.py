@@ -21,6 +21,7 @@ class Spec:
     traps: tuple[Mapping, ...] = ()  # keywords that end a launch in a device-side assertion
     packed: tuple[str, ...] = ()  # inputs with a row for each token: past num_tokens never read
     rounds_inside: bool = False  # judged against the definition in the same dtype, not in fp32
+    gradient: bool = False  # of another op, as whose backward it is timed
     rounds_backward: bool = False  # gradients are products of rounded numbers: the same, and an ulp
 
     @property

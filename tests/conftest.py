@@ -6,7 +6,6 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests make the checkpoints they need
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,17 +49,13 @@ def tf32():
 
 @pytest.fixture
 def sums_without_place(monkeypatch):
-    """The interpreter's tl.dot is BLAS, which adds up in an order that depends on where in its tile
-    a number lies, and on the tile; no GPU's does. Here it is as there: a chain over K, of sums of
-    16 products, each in fp64 and rounded."""
+    """The interpreter's tl.dot adds up K at once, however long its tile is. Here it is as on a GPU:
+    a chain over K, of sums of 16 products."""
     if not INTERPRET:
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    matmul, create_dot = np.matmul, InterpreterBuilder.create_dot
-
-    def rounded(a, b, dtype=None):
-        return matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
+    create_dot = InterpreterBuilder.create_dot
 
     def in_steps(self, a, b, d, *options):
         for k in range(0, a.data.shape[1], 16):
@@ -69,5 +64,4 @@ def sums_without_place(monkeypatch):
             d = create_dot(self, *parts, d, *options)
         return d
 
-    monkeypatch.setattr(np, "matmul", rounded)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", in_steps)

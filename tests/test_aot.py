@@ -57,14 +57,16 @@ def test_every_kernel_compiles_elsewhere_and_fits_shared_memory(arch):
 
 def test_attention_in_fp32_adds_up_sums_of_tiles_not_one_chain_over_all_keys():
     """A product that starts from the accumulator of another goes on with its chain."""
-    (spec,) = (s for s in SPECS if s.name == "attention")
-    for dtype, chains in ((torch.float32, False), (torch.float16, True)):
-        case = {"lengths": (100,), "heads": 1, "D": 16}
-        (launched,) = compile_all(spec, case, dtype, ["sm_90"])["sm_90"]
-        start = re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", launched.kernel.asm["ttgir"])
-        start += re.findall(r"warp_group_dot %\S+, %\S+, (%\w+)", launched.kernel.asm["ttgir"])
-        assert start
-        assert any(not name.startswith("%cst") for name in start) == chains
+    case = {"lengths": (100,), "heads": 1, "D": 16}
+    for spec, dtype in itertools.product(SPECS[:2], (torch.float32, torch.float16)):
+        assert spec.name in ("attention", "attention_backward")
+        for launched in compile_all(spec, case, dtype, ["sm_90"])["sm_90"]:
+            ttgir = launched.kernel.asm["ttgir"]
+            start = re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", ttgir)
+            start += re.findall(r"warp_group_dot %\S+, %\S+, (%\w+)", ttgir)
+            assert start
+            chains = any(not name.startswith("%cst") for name in start)
+            assert chains == (dtype == torch.float16)
 
 
 @pytest.mark.usefixtures("tf32")

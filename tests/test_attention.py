@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bert_fast.kernels import attention
+from bert_fast.kernels import attention, attention_backward
 from bert_fast.kernels.attention import cu_seqlens_of
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
@@ -55,3 +55,28 @@ def test_a_sequence_has_the_same_bits_in_any_batch(D, causal, dtype):
         ours = attend([sequences[i] for i in order], causal, bound, further)
         for i, o in zip(order, ours, strict=True):
             assert torch.equal(o, alone[i]), LENGTHS[i]
+
+
+@pytest.mark.skipif(not (GPU or INTERPRET), reason="torch's own products choose by shape")
+@pytest.mark.usefixtures("sums_without_place")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_gradients_of_a_sequence_have_the_same_bits_in_any_batch(causal, dtype):
+    torch.manual_seed(0)
+    sequences = [
+        [torch.randn(L, 2, 32, device=DEVICE).to(dtype) for _ in range(4)] for L in LENGTHS
+    ]
+
+    def gradients(of, max_seqlen):
+        """Of each sequence: dq, dk, dv one after the other."""
+        lengths = [len(sequences[i][0]) for i in of]
+        packed = [torch.cat(t) for t in zip(*(sequences[i] for i in of))]
+        cu_seqlens = cu_seqlens_of(lengths, DEVICE)
+        found = attention_backward(*packed, cu_seqlens, max_seqlen, causal=causal)
+        return list(zip(*(t.split(lengths) for t in found)))
+
+    alone = [gradients([i], L)[0] for i, L in enumerate(LENGTHS)]
+    for order, bound in ((range(6), 130), (range(5, -1, -1), 512)):
+        for i, ours in zip(order, gradients(order, bound), strict=True):
+            for name, a, b in zip(("dq", "dk", "dv"), ours, alone[i], strict=True):
+                assert torch.equal(a, b), (name, LENGTHS[i])

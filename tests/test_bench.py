@@ -451,7 +451,7 @@ def measured(workload, in_haste=True):
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter is not timed")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [s for s in SPECS if not s.gradient], ids=lambda s: s.name)
 def test_every_contender_of_an_op_gives_what_the_definition_gives(spec, backward):
     if backward and not op_workloads._differentiable(spec):
         pytest.skip("has no gradients")
@@ -492,7 +492,7 @@ def test_cublas_is_asked_for_by_name_for_the_product_alone(monkeypatch):
 
 def test_a_smoke_test_is_of_small_cases():
     found = {w.name.removesuffix(" backward") for w in op_workloads.ops(torch.float32, CPU, True)}
-    assert found == {spec.label(spec.whole) for spec in SPECS}
+    assert found == {spec.label(spec.whole) for spec in SPECS if not spec.gradient}
 
 
 def test_a_backward_moves_each_input_and_gradient_once():

@@ -1,0 +1,290 @@
+"""The gradients of layer_norm: h = x + residual, y = x_hat * weight + bias.
+
+    x_hat = (h - mean(h)) * rstd        rstd = 1 / sqrt(var(h) + eps)
+    g = dy * weight
+    dx = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
+    dweight = sum(dy * x_hat)           dbias = sum(dy)
+
+Shapes     dy, x, residual, dx [..., N]; weight, dweight, dbias [N]; N <= 8192. The leading
+           dimensions are M rows, possibly none. Means over N, sums over rows. The gradient of
+           residual is that of x.
+Precision  fp32 throughout, h too; dx is rounded once to the dtype of x, dweight and dbias to that
+           of weight.
+Batches    A row of dx has the same bits whatever the other rows. A program adds up some of the
+           rows of dweight and dbias, then all programs' sums are added, in an order that hangs on
+           nothing but the number of rows and of multiprocessors: two runs give the same bits.
+Source     Ba, Kiros, Hinton, Layer Normalization, 2016; differentiated.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from . import launch
+from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
+from .layer_norm import MAX_N, fuzz_shape, layer_norm_ref, load_row, normalize, sum_of
+from .spec import Spec
+
+
+class LayerNormGradients(NamedTuple):
+    dx: torch.Tensor  # [..., N], of the residual too
+    dweight: torch.Tensor  # [N]
+    dbias: torch.Tensor  # [N]
+
+
+# -- reference ------------------------------------------------------------------------------
+def layer_norm_backward_ref(dy, x, weight, residual=None, eps=1e-12, num_tokens=None):
+    """By autograd, from the definition of the forward."""
+    if num_tokens is not None:
+        tokens = torch.arange(len(dy), device=dy.device) < num_tokens
+        dy = dy.where(tokens.view(-1, *[1] * (dy.ndim - 1)), 0.0)
+    with torch.enable_grad():
+        x, weight = (t.detach().requires_grad_() for t in (x, weight))
+        bias = torch.zeros_like(weight).requires_grad_()
+        y = layer_norm_ref(x, weight, bias, residual, eps)
+        return LayerNormGradients(*torch.autograd.grad(y, (x, weight, bias), dy.to(y.dtype)))
+
+
+# -- kernels --------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["M"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _backward_kernel(
+    dy_ptr,  # [M, N]
+    x_ptr,  # [M, N]
+    weight_ptr,  # [N]
+    residual_ptr,  # [M, N] or None
+    num_tokens_ptr,  # [1] or None
+    dx_ptr,  # [M, N], contiguous
+    sums_ptr,  # [programs, 2, N] in fp32: of dweight and of dbias
+    stride_dym, stride_xm, stride_rm,
+    M, N,
+    eps,
+    STAGES: tl.constexpr,  # rows on their way to a program, but one
+    BLOCK_N: tl.constexpr,
+):
+    """Program i takes rows i, i + programs and so on."""
+    pid = tl.program_id(0).to(tl.int64)  # as are rows: row * stride may pass 2^31
+    programs = tl.num_programs(0)
+    rows = M
+    if num_tokens_ptr is not None:
+        rows = tl.minimum(tl.load(num_tokens_ptr), M).to(tl.int32)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    weight = load_row(weight_ptr, offs_n, mask_n)
+    dweight = tl.zeros([BLOCK_N], tl.float32)
+    dbias = tl.zeros([BLOCK_N], tl.float32)
+    for i in tl.range(0, tl.cdiv(rows - pid, programs), num_stages=STAGES):
+        row = pid + i * programs
+        dy = load_row(dy_ptr + row * stride_dym, offs_n, mask_n)
+        h = load_row(x_ptr + row * stride_xm, offs_n, mask_n)
+        if residual_ptr is not None:
+            h += load_row(residual_ptr + row * stride_rm, offs_n, mask_n)
+        x_hat, rstd = normalize(h, mask_n, N, eps)
+        g = dy * weight
+        mean_g = tl.sum(g, axis=0) / N
+        mean_gx = tl.sum(g * x_hat, axis=0) / N
+        dx = rstd * (g - mean_g - x_hat * mean_gx)
+        dweight += dy * x_hat
+        dbias += dy
+        tl.store(dx_ptr + row * N + offs_n, dx, mask=mask_n)
+    if num_tokens_ptr is not None:
+        for i in range(tl.cdiv(M - rows - pid, programs)):
+            row = rows + pid + i * programs
+            tl.store(dx_ptr + row * N + offs_n, tl.zeros([BLOCK_N], tl.float32), mask=mask_n)
+
+    sums_ptr += pid * 2 * N
+    tl.store(sums_ptr + offs_n, dweight, mask=mask_n)
+    tl.store(sums_ptr + N + offs_n, dbias, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _sum_kernel(
+    sums_ptr,  # [programs, 2, N]
+    dweight_ptr, dbias_ptr,  # [N]
+    programs, N,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """Program i takes columns i * BLOCK_N and on of dweight and dbias, side by side."""
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < 2 * N
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start_m in tl.range(0, programs, BLOCK_M, num_stages=3):
+        rows_m = start_m + offs_m
+        mask = (rows_m < programs)[:, None] & mask_n[None, :]
+        offsets = rows_m[:, None] * (2 * N) + offs_n[None, :]
+        total += tl.load(sums_ptr + offsets, mask=mask, other=0.0)
+    total = tl.sum(total, 0)
+    tl.store(dweight_ptr + offs_n, total, mask=offs_n < N)
+    tl.store(dbias_ptr + offs_n - N, total, mask=mask_n & (offs_n >= N))
+
+
+# -- launchers ------------------------------------------------------------------------------
+def _beside(N):
+    """Programs of a multiprocessor: as many as fit, eight where rows are no wider than BERT's."""
+    return max(min(8192 // next_power_of_2(N), 8), 1)
+
+
+def _config(N):
+    """More programs on a multiprocessor hide more of the waits of a row, for memory and for four
+    sums; each leaves two rows of sums in fp32. Eight leave 9 % of what 16,384 rows of 768 move.
+    Not yet measured."""
+    BLOCK_N = next_power_of_2(N)
+    config = {
+        "BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N), "STAGES": 2, "BESIDE": _beside(N),
+    }  # fmt: skip
+    return launch.configuration("layer_norm_backward", config, fixed=("BLOCK_N",), N=N)
+
+
+def _backward(out, dy, x, weight, residual, eps, num_tokens):
+    dx, dweight, dbias = out
+    dy, stride_dym = launch.rows(dy)
+    x, stride_xm = launch.rows(x)
+    residual, stride_rm = launch.rows(residual)
+    M, N = x.shape
+    form = _config(N)
+    programs = min(M, form["BESIDE"] * launch.multiprocessors())
+    sums = x.new_empty(programs, 2, N, dtype=torch.float32)
+    if M:
+        _backward_kernel[(programs,)](
+            dy, x, weight.contiguous(), residual, num_tokens, dx, sums,
+            stride_dym, stride_xm, stride_rm, M, N, eps,
+            STAGES=form["STAGES"], BLOCK_N=form["BLOCK_N"], num_warps=form["num_warps"],
+        )
+    _sum_kernel[(ceil_div(2 * N, 32),)](
+        sums, dweight, dbias, programs, N, BLOCK_M=64, BLOCK_N=32, num_warps=4
+    )
+
+
+def _plain(dy, x, weight, residual, eps, num_tokens):
+    M = x.shape[0]
+    dy, x, residual = launch.head(num_tokens, dy, x, residual)
+    dh, dweight, dbias = layer_norm_gradients(dy, sum_of(x, residual), weight, eps)
+    return launch.pad_rows(dh.to(x.dtype), M), dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def layer_norm_gradients(dy, h, weight, eps):
+    """dh [..., N] and dweight, dbias [N], all in the dtype of h."""
+    dy = dy.to(h.dtype)
+    centred = h - h.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    x_hat = centred * rstd
+    g = dy * weight
+    dh = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
+    N = h.shape[-1]
+    return dh, (dy * x_hat).reshape(-1, N).sum(0), dy.reshape(-1, N).sum(0)
+
+
+# -- registration ---------------------------------------------------------------------------
+_layer_norm_backward = launch.define(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? residual, float eps,"
+    " Tensor? num_tokens) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    outputs=lambda dy, x, weight, residual, eps, num_tokens: (
+        x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    ),
+    launch=_backward,
+    plain=_plain,
+)
+
+
+# -- public op ------------------------------------------------------------------------------
+def layer_norm_backward(dy, x, weight, residual=None, eps=1e-12, num_tokens=None):
+    """The gradients of layer_norm, as autograd asks for them.
+
+    dy          [..., N] like x: the gradient of the result
+    x, weight, residual, eps   of the forward; its bias has no say
+    num_tokens  [1] integer on the device of x [T, N]: rows past it are not read, and their
+                gradients are zeros; None takes all rows
+
+    Returns LayerNormGradients: dx [..., N] in the dtype of x, which is that of the residual too;
+    dweight and dbias [N] in the dtype of weight. Not differentiable. Raises ValueError for any
+    other shape or dtype.
+    """
+    N = x.shape[-1]
+    if not 1 <= N <= MAX_N or x.dtype not in DTYPES:
+        raise ValueError(
+            f"layer_norm_backward: x must be fp32, fp16 or bf16 [..., 1 to {MAX_N}], got {show(x)}"
+        )
+    for name, t in (("dy", dy), ("residual", residual)):
+        if t is not None and (t.shape != x.shape or t.dtype != x.dtype):
+            raise ValueError(f"layer_norm_backward: {name} must be {show(x)} like x, got {show(t)}")
+    if weight.shape != (N,):
+        raise ValueError(f"layer_norm_backward: weight must be [{N}], got {show(weight)}")
+    launch.check_num_tokens("layer_norm_backward", num_tokens)
+    with torch.no_grad():
+        return LayerNormGradients(
+            *_layer_norm_backward(dy, x, weight, residual, eps, num_tokens)
+        )
+
+
+# -- spec -----------------------------------------------------------------------------------
+def _inputs(dtype, device, shape, residual=False, eps=1e-12, weight_dtype=None, num_tokens=None):
+    if num_tokens is not None:
+        num_tokens = torch.tensor([num_tokens], dtype=torch.int32, device=device)
+    return {
+        "dy": torch.randn(shape, device=device).to(dtype),
+        # |mean| >> std, where a one-pass variance fails
+        "x": torch.randn(shape, device=device).to(dtype) + 100,
+        "weight": torch.randn(shape[-1], device=device).to(weight_dtype or dtype),
+        "residual": torch.randn(shape, device=device).to(dtype) if residual else None,
+        "eps": eps,
+        "num_tokens": num_tokens,
+    }
+
+
+def _fuzz(rng):
+    case = {"shape": fuzz_shape(rng), "residual": rng.random() < 0.3}
+    if rng.random() < 0.3:
+        case["eps"] = rng.choice((1e-5, 1.0))
+    if rng.random() < 0.2:
+        case["weight_dtype"] = "float32"
+    return case
+
+
+def _cost(itemsize, shape, residual=False, **_):
+    size, N = math.prod(shape), shape[-1]
+    sums = 2 * N * min(size // N, 132 * _beside(N))  # on an H100; in fp32, written and read
+    flops = (16 + residual) * size + 2 * sums
+    return flops, ((3 + residual) * size + 3 * N) * itemsize + 8 * sums
+
+
+SPEC = Spec(
+    fn=layer_norm_backward,
+    ref=layer_norm_backward_ref,
+    inputs=_inputs,
+    cost=_cost,
+    cases=(
+        {"shape": (4, 768)},
+        {"shape": (7, 100), "residual": True},
+        {"shape": (600, 3)},  # more rows than programs
+        {"shape": (6, 129), "num_tokens": 4},
+        {"shape": (3, 8192)},
+        {"shape": (64,)},
+        {"shape": (5, 1)},
+        {"shape": (0, 64)},
+        {"shape": (37, 7)},
+        {"shape": (3, 64), "eps": 1.0},  # large enough to show
+        {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
+        {"shape": (3, 64), "num_tokens": 0},
+        {"shape": (3, 64), "num_tokens": 1000},  # which cannot be: all are tokens
+    ),
+    fuzz=_fuzz,
+    whole={"shape": (64, 1024)},
+    huge=({"shape": (2**21 + 3, 1024)},),
+    bench=(
+        {"shape": (32 * 512, 384)},
+        {"shape": (32 * 512, 768)},  # BERT-base
+        {"shape": (32 * 512, 1024)},  # BERT-large
+        {"shape": (1024, 8192)},  # the widest
+    ),
+    rejects={
+        "x must be fp32, fp16 or bf16 [..., 1 to 8192], got int64[4, 768]": {
+            "x": torch.ones(4, 768).long()
+        },
+        "dy must be float32[4, 768] like x, got float32[768]": {"dy": torch.ones(768)},
+        "residual must be float32[4, 768] like x, got float32[768]": {"residual": torch.ones(768)},
+        "weight must be [768], got float32[3]": {"weight": torch.ones(3)},
+        "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
+    },
+    gradient=True,
+)
