@@ -450,8 +450,8 @@ SPEC = Spec(
     cost=_cost,
     cases=(
         {"lengths": (33, 5), "heads": 3, "D": 32},
-        {"lengths": (37, 5, 64)},
-        {"lengths": (65, 1, 0, 129), "D": 32},  # just past a block, and an empty one
+        {"lengths": (5, 64), "heads": 1},
+        {"lengths": (33, 1, 0, 65), "heads": 1},  # just past a block, and an empty one
         {"lengths": (19, 40), "D": 16, "causal": True},
         {"lengths": (130,), "heads": 1, "causal": True},
         {"lengths": (3, 70, 0), "lengths_k": (65, 1, 4)},
@@ -465,10 +465,10 @@ SPEC = Spec(
         {"lengths": (9, 33), "D": 80, "heads": 3},
         {"lengths": (33,), "D": 128, "heads": 1},
         {"lengths": (17,), "D": 256, "heads": 1},
-        {"lengths": (31, 7), "scale": 1.0},  # near one-hot
-        {"lengths": (1, 1, 1, 65), "heads": 3, "scale": 30.0},
-        {"lengths": (3,), "lengths_k": (2048,), "heads": 1, "D": 16},
-        {"lengths": (2048,), "lengths_k": (3,), "heads": 1, "D": 16},
+        {"lengths": (31, 7), "heads": 1, "scale": 1.0},  # near one-hot
+        {"lengths": (1, 65), "heads": 1, "scale": 30.0},
+        {"lengths": (3,), "lengths_k": (700,), "heads": 1, "D": 16},
+        {"lengths": (700,), "lengths_k": (3,), "heads": 1, "D": 16},
     ),
     fuzz=ATTENTION.fuzz,
     whole={"lengths": (128, 256), "heads": 2, "D": 64},

@@ -120,9 +120,9 @@ def _sum_kernel(
 
 
 # -- launchers ------------------------------------------------------------------------------
-def _beside(N):
-    """Programs of a multiprocessor: as many as fit, eight where rows are no wider than BERT's."""
-    return max(min(8192 // next_power_of_2(N), 8), 1)
+def _programs(M, beside, multiprocessors):
+    """The interpreter, which pays for programs, has few, and yet no more than 256 rows in each."""
+    return min(M, max(4, M // 256) if launch.INTERPRET else beside * multiprocessors)
 
 
 def _config(N):
@@ -131,7 +131,8 @@ def _config(N):
     Not yet measured."""
     BLOCK_N = next_power_of_2(N)
     config = {
-        "BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N), "STAGES": 2, "BESIDE": _beside(N),
+        "BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N), "STAGES": 2,
+        "BESIDE": max(min(8192 // BLOCK_N, 8), 1),
     }  # fmt: skip
     return launch.configuration("layer_norm_backward", config, fixed=("BLOCK_N",), N=N)
 
@@ -143,7 +144,7 @@ def _backward(out, dy, x, weight, residual, eps, num_tokens):
     residual, stride_rm = launch.rows(residual)
     M, N = x.shape
     form = _config(N)
-    programs = min(M, form["BESIDE"] * launch.multiprocessors())
+    programs = _programs(M, form["BESIDE"], launch.multiprocessors())
     sums = x.new_empty(programs, 2, N, dtype=torch.float32)
     if M:
         _backward_kernel[(programs,)](
@@ -243,7 +244,8 @@ def _fuzz(rng):
 
 def _cost(itemsize, shape, residual=False, **_):
     size, N = math.prod(shape), shape[-1]
-    sums = 2 * N * min(size // N, 132 * _beside(N))  # on an H100; in fp32, written and read
+    # In fp32, written and read; on an H100.
+    sums = 2 * N * _programs(size // N, max(min(8192 // N, 8), 1), 132)
     flops = (16 + residual) * size + 2 * sums
     return flops, ((3 + residual) * size + 3 * N) * itemsize + 8 * sums
 
@@ -256,7 +258,6 @@ SPEC = Spec(
     cases=(
         {"shape": (4, 768)},
         {"shape": (7, 100), "residual": True},
-        {"shape": (600, 3)},  # more rows than programs
         {"shape": (6, 129), "num_tokens": 4},
         {"shape": (3, 8192)},
         {"shape": (64,)},
@@ -269,8 +270,8 @@ SPEC = Spec(
         {"shape": (3, 64), "num_tokens": 1000},  # which cannot be: all are tokens
     ),
     fuzz=_fuzz,
-    whole={"shape": (64, 1024)},
-    huge=({"shape": (2**21 + 3, 1024)},),
+    whole={"shape": (256, 1024)},
+    huge=({"shape": (2**18 + 3, 8192)},),
     bench=(
         {"shape": (32 * 512, 384)},
         {"shape": (32 * 512, 768)},  # BERT-base

@@ -101,6 +101,23 @@ def test_a_batch_of_another_shape_compiles_nothing():
     assert len(first) == 9  # pack has two, linear three: for q, k and v, with a residual, with GELU
 
 
+@pytest.mark.parametrize(
+    "op, cases",
+    {
+        "attention_backward": [{"lengths": lengths} for lengths in ((5,), (16, 16), (1, 0, 300))],
+        "layer_norm_backward": [{"shape": (M, 64)} for M in (1, 16, 3000)],
+    }.items(),
+)
+def test_gradients_of_a_batch_of_another_shape_compile_nothing(op, cases):
+    (spec,) = (s for s in SPECS if s.name == op)
+    found = [
+        [k.kernel.hash for k in compile_all(spec, case, torch.float16, ["sm_90"])["sm_90"]]
+        for case in cases
+    ]
+    assert len(found[0]) == 2
+    assert all(hashes == found[0] for hashes in found)
+
+
 def test_every_op_with_a_kernel_has_a_spec():
     assert kernels_without_spec() == []
     assert kernels_without_spec([s for s in SPECS if s.name != "gelu"]) == ["gelu"]
