@@ -524,6 +524,37 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"attention\._attend condition: if v\.dtype == tl\.float32:  ->  if False:": (
         "the interpreter adds up in BLAS's order; test_aot.py looks at the compiled kernel"
     ),
+    # attention_backward
+    r"attention_backward\._d\w+_kernel cast dropped: .*start_[qk]\)\.to\(tl\.int32\)  ->  .*": (
+        "the same length in int64"
+    ),
+    r"attention_backward\._\w+ narrower type: tl\.(zeros|full)\(.*tl\.float32\)  ->  .*": _TYPE,
+    r"attention_backward\._dq_kernel (choice|function|statement dropped): .*"
+    r"tl\.minimum\(start_m \+ BLOCK_M \+ shift, length_k\)  ->  .*": (
+        "further tiles have only keys that are masked"
+    ),
+    r"attention_backward\._dq_kernel initial value: tl\.zeros\(\[BLOCK_M\], tl\.float32.*": (
+        "the first tile takes it times exp2(-inf) = 0; where there is no tile, nobody reads it"
+    ),
+    r"attention_backward\._dq_kernel number: .*tl\.where\(m_new == float\('-inf'\), 1\.0, .*": (
+        "all scores are -inf there, and -inf less any number is -inf"
+    ),
+    r"attention_backward\._dq_kernel number: .*tl\.where\(l == 0\.0, 1\.0, m \+ .*": (
+        "all scores are -inf there, and -inf less any number is -inf"
+    ),
+    r"attention_backward\._dq_kernel number: .*  ->  tl\.where\(l == 0\.0, 1\.001, l\)": (
+        "delta is 0 where l is 0"
+    ),
+    r"attention_backward\._dkdv_kernel (condition: if start_n >= length_k:  ->  if False:"
+    r"|comparison: start_n >= length_k .*)": "keys past the end take time, and are not stored",
+    r"attention_backward\._dkdv_kernel choice: tl\.maximum\(start_n - shift, 0\)  ->  0": (
+        "earlier queries have p = 0: the same, only slower"
+    ),
+    # layer_norm_backward
+    r"layer_norm_backward\._\w+ narrower type: tl\.zeros\(.*tl\.float32\)  ->  .*": _TYPE,
+    r"layer_norm_backward\._sum_kernel integer: tl\.range\(.*num_stages=.*": (
+        "how many loads are on their way changes no number"
+    ),
     # linear
     r"linear\._accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
     r"linear\._forward_kernel flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,

@@ -98,8 +98,8 @@ def _scores(q, k, start_n, last, qk_scale, PRECISION: tl.constexpr, BLOCK_N: tl.
 @triton.jit
 def _first_row(b, start_q):
     """Of sequence b, in lse and delta: a multiple of 128, whose rows come 16 bytes at a time. No
-    two sequences share one, since each takes 128 further rows."""
-    return (start_q + 128 * b) // 128 * 128
+    two sequences share one, since each takes 127 further rows."""
+    return (start_q + 127 * b) // 128 * 128
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _dq_kernel(
     cu_seqlens_ptr,  # [B + 1]
     cu_seqlens_k_ptr,  # [B + 1]
     dq_ptr,  # [T, heads, D], contiguous
-    lse_ptr,  # [heads, rows] in fp32: log2 of the sum of exp2 of a query's scores; inf without any
+    lse_ptr,  # [heads, rows] in fp32: log2 of the sum of exp2 of a query's scores; 0 without any
     delta_ptr,  # [heads, rows] in fp32
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, B, rows, heads, D, blocks,
@@ -187,9 +187,8 @@ def _dq_kernel(
         l = l * rescale + tl.sum(p, 1)
         delta = delta * rescale + tl.sum(p * dp, 1)
         m = m_new
-    # Queries past the end see no key either, so that _dkdv_kernel needs no mask.
-    lse = tl.where((l == 0.0) | (offs_m >= length_q), float("inf"), m + tl.log2(l))
-    delta = tl.where(l == 0.0, 0.0, delta / l)
+    lse = tl.where(l == 0.0, 0.0, m + tl.log2(l))
+    delta /= tl.where(l == 0.0, 1.0, l)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(0, end, BLOCK_N):
@@ -257,15 +256,15 @@ def _dkdv_kernel(
     v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, BLOCK_N, BLOCK_D)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     shift = length_k - length_q
-    start = 0
-    if CAUSAL:  # earlier queries see none of these keys
-        start = tl.maximum(start_n - shift, 0) // BLOCK_M * BLOCK_M
+    # Earlier queries see none of these keys.
+    start = tl.maximum(start_n - shift, 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start_m in range(start, length_q, BLOCK_M):
         q = _load_rows(q_ptr, stride_qt, start_m, length_q, D, BLOCK_M, BLOCK_D)
         do = _load_rows(do_ptr, stride_dot, start_m, length_q, D, BLOCK_M, BLOCK_D)
         offs_m = start_m + tl.arange(0, BLOCK_M)
+        # Past the end they are whatever the last query's tile left; q and do are zeros there.
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
@@ -351,7 +350,7 @@ def _backward(
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
     max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
     (T, heads, D), Tk, B = q.shape, k.shape[0], len(cu_seqlens) - 1
-    rows = (T + 128 * B) // 128 * 128
+    rows = (T + 127 * B) // 128 * 128
     lse, delta = q.new_empty(2, heads, rows, dtype=torch.float32)
     form = {"CAUSAL": causal, "PRECISION": launch.precision(q)}
     strides = [s for t in (do, q, k, v) for s in t.stride()[:2]]
@@ -449,7 +448,7 @@ SPEC = Spec(
     inputs=_inputs,
     cost=_cost,
     cases=(
-        {"lengths": (33, 5), "heads": 3, "D": 32},
+        {"lengths": (34, 5), "heads": 3, "D": 32},
         {"lengths": (5, 64), "heads": 1},
         {"lengths": (33, 1, 0, 65), "heads": 1},  # just past a block, and an empty one
         {"lengths": (19, 40), "D": 16, "causal": True},
@@ -461,7 +460,10 @@ SPEC = Spec(
         {"lengths": (), "D": 64},
         {"lengths": (0, 0)},
         {"lengths": (1,), "D": 1},
-        {"lengths": (13, 13), "D": 8, "further": 70},  # rows of no sequence
+        {"lengths": (13, 13), "D": 8},
+        {"lengths": (3, 2), "heads": 1, "further": 70},  # rows of no sequence
+        {"lengths": (128, 1), "heads": 1, "D": 16},  # their rows in lse adjoin
+        {"lengths": (129, 128), "heads": 1, "D": 16},  # the last one ends where lse does
         {"lengths": (9, 33), "D": 80, "heads": 3},
         {"lengths": (33,), "D": 128, "heads": 1},
         {"lengths": (17,), "D": 256, "heads": 1},
@@ -472,7 +474,7 @@ SPEC = Spec(
     ),
     fuzz=ATTENTION.fuzz,
     whole={"lengths": (128, 256), "heads": 2, "D": 64},
-    huge=({"lengths": (512,) * 8200, "heads": 8, "D": 64},),
+    huge=({"lengths": (512,) * 16500, "heads": 8, "D": 64},),  # half of the way is past 2^31
     bench=tuple(
         {"lengths": (S,) * (16384 // S), "heads": heads, "D": D}
         for heads, D in ((12, 64), (16, 64), (12, 32))
@@ -489,7 +491,7 @@ SPEC = Spec(
         },
         "k must be float32[7, 3, 32] like q, got float32[7, 2, 32]": {"k": torch.ones(7, 2, 32)},
         "cu_seqlens must be int32[B + 1], got int64[4]": {"cu_seqlens": torch.zeros(4).long()},
-        "do must be float32[38, 3, 32] like q, got float32[38, 32]": {"do": torch.ones(38, 32)},
+        "do must be float32[39, 3, 32] like q, got float32[39, 32]": {"do": torch.ones(39, 32)},
     },
     rounds_inside=True,
     gradient=True,
