@@ -522,7 +522,7 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"  ->  .*, length_q, last, .* False, .*": _UNUSED,
     r"attention\._forward_kernel flag: .*, False, .*  ->  .*, True, .*": _SLOWER,
     r"attention\._attend condition: if v\.dtype == tl\.float32:  ->  if False:": (
-        "the interpreter adds up in BLAS's order; test_aot.py looks at the compiled kernel"
+        "the interpreter adds up in fp64; test_aot.py looks at the compiled kernel"
     ),
     # attention_backward
     r"attention_backward\._d\w+_kernel cast dropped: .*start_[qk]\)\.to\(tl\.int32\)  ->  .*": (

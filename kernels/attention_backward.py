@@ -264,7 +264,7 @@ def _dkdv_kernel(
         q = _load_rows(q_ptr, stride_qt, start_m, length_q, D, BLOCK_M, BLOCK_D)
         do = _load_rows(do_ptr, stride_dot, start_m, length_q, D, BLOCK_M, BLOCK_D)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        # Past the end they are whatever the last query's tile left; q and do are zeros there.
+        # Past the end they are those of queries of zeros, which q and do are there.
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
@@ -337,8 +337,9 @@ def _configs(D, itemsize, arch):
         )
         for op, tile in zip(("attention_dq", "attention_dkdv"), TILES[kind][max(BLOCK_D, 32)])
     )  # fmt: skip
-    # _dq_kernel leaves lse and delta for whole tiles of its own.
-    return of_q, {**of_k, "BLOCK_M": min(of_k["BLOCK_M"], of_q["BLOCK_M"])}
+    # _dq_kernel leaves lse and delta for whole tiles of its own, in rows that adjoin others'.
+    M = min(of_q["BLOCK_M"], 128)
+    return {**of_q, "BLOCK_M": M}, {**of_k, "BLOCK_M": min(of_k["BLOCK_M"], M)}
 
 
 def _backward(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bert_fast.kernels import attention, attention_backward
+from bert_fast.kernels import attention, attention_backward, launch
 from bert_fast.kernels.attention import cu_seqlens_of
+from bert_fast.kernels.attention_backward import _configs
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
 GPU = torch.cuda.is_available() and not INTERPRET
@@ -80,3 +81,17 @@ def test_the_gradients_of_a_sequence_have_the_same_bits_in_any_batch(causal, dty
         for i, ours in zip(order, gradients(order, bound), strict=True):
             for name, a, b in zip(("dq", "dk", "dv"), ours, alone[i], strict=True):
                 assert torch.equal(a, b), (name, LENGTHS[i])
+
+
+def test_a_tuned_tile_of_queries_stays_within_the_rows_that_a_sequence_has(monkeypatch):
+    """In lse and delta; and that of _dkdv_kernel within what _dq_kernel has written."""
+    tuned = {"BLOCK_D": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    for of_q, of_k, expected in ((256, 64, (128, 64)), (32, 128, (32, 32)), (256, 256, (128, 128))):
+        tiles = {"attention_dq": of_q, "attention_dkdv": of_k}
+
+        def configuration(op, *_, tiles=tiles, **__):
+            return {**tuned, "BLOCK_M": tiles[op]}
+
+        monkeypatch.setattr(launch, "configuration", configuration)
+        found = _configs(64, 2, 90)
+        assert tuple(config["BLOCK_M"] for config in found) == expected
