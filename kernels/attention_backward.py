@@ -462,7 +462,7 @@ SPEC = Spec(
         {"lengths": (0, 0)},
         {"lengths": (1,), "D": 1},
         {"lengths": (13, 13), "D": 8},
-        {"lengths": (3, 2), "heads": 1, "further": 70},  # rows of no sequence
+        {"lengths": (3, 2), "heads": 1, "D": 40, "further": 70},  # rows of no sequence
         {"lengths": (128, 1), "heads": 1, "D": 16},  # their rows in lse adjoin
         {"lengths": (129, 128), "heads": 1, "D": 16},  # the last one ends where lse does
         {"lengths": (9, 33), "D": 80, "heads": 3},
