@@ -11,7 +11,7 @@ shared      fits what one program can have; on every architecture, the next on t
 spills      none in a hot loop; elsewhere they are reported
 tensor      an instruction of the tensor cores, where the kernel has a tl.dot. Exact products of
             fp32 need none on NVIDIA, whose tensor cores have no such thing; AMD's have.
-accesses    of the bytes that a launch's global accesses move, 85 % go 128 bits a thread at a
+accesses    of the bytes that a launch's global accesses move, 90 % go 128 bits a thread at a
             time. Loads of one value (an id, a length) do not count. Stores from 64 bits on pass
             on AMD after a tl.dot: four neighbours lie in a thread of its matrix cores, and the
             backend prefers such stores to a trip through shared memory. A launch that moves less
@@ -232,7 +232,7 @@ def budget(row):
     impossible = {"f32"} if TARGETS[row["arch"]].nvidia else set()
     if not row["tensor"] and (dots := set(row["dots"]) - impossible):
         over.append(f"tensor cores: none for products of {', '.join(sorted(dots))}")
-    if row["bytes"] >= BULK and row["wide"] < 0.85:
+    if row["bytes"] >= BULK and row["wide"] < 0.9:
         told = ", ".join(
             f"{n} {kind} of {b} bits" for kind in ("loads", "stores") for b, n in row[kind].items()
         )

@@ -77,7 +77,8 @@ class Judge:
     def __init__(self, spec, inputs, dtype):
         self.dtype = dtype
         exact = cast(inputs, torch.float64)
-        self.truth = _tensors(spec.ref(**exact))
+        truth = spec.ref(**exact)
+        self.truth = _tensors(truth)
         near = dtype if spec.rounds_inside else torch.float32
         weight = 1 if spec.rounds_inside and dtype != torch.float32 else 4
         versions = [spec.ref(**cast(inputs, near))]
@@ -91,9 +92,8 @@ class Judge:
             for i, t in enumerate(self.truth)
         ]
         # Gradients have the dtype of what they are of, which may not be that of the op.
-        result = spec.ref(**inputs)
-        several = isinstance(result, tuple)
-        self.dtypes = [t.dtype for t in result] if several else [dtype]
+        several = isinstance(truth, tuple)
+        self.dtypes = [t.dtype for t in spec.ref(**inputs)] if several else [dtype]
         stock = versions if near == dtype else [_tensors(spec.ref(**cast(inputs, dtype)))]
         pairs = [(s, t) for s, t in zip(stock[0], self.truth, strict=True) if is_float(t)]
         self.stock = max((self._error_of_stock(s, t) for s, t in pairs), default=0.0)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from . import launch
 from .launch import DTYPES, show, tl, triton
 from .layer_norm import MAX_N, layer_norm_ref, load_row, normalize, plain_layer_norm, row_config
-from .layer_norm_backward import layer_norm_gradients
+from .layer_norm_backward import layer_norm_backward
 from .spec import Spec
 
 
@@ -189,7 +189,7 @@ def _plain_backward(
     )
     h = _sum(x, types, positions, word, token_type, position)
     (dy,) = launch.head(num_tokens, dy)
-    dh, dweight, dbias = layer_norm_gradients(dy, h, weight, eps)
+    dh, *dparams = layer_norm_backward(dy.to(h.dtype), h, weight.to(h.dtype), eps=eps)
 
     def scatter(ids, table):
         return dh.new_zeros(table.shape).index_add_(0, ids, dh).to(table.dtype)
@@ -209,7 +209,7 @@ def _plain_backward(
         dembeds = dh.new_zeros(inputs_embeds.shape).flatten(0, 1)
         rows = torch.arange(len(dh), device=dh.device) if row_index is None else row_index.long()
         dembeds = dembeds.index_copy_(0, rows, dh).view(inputs_embeds.shape).to(dy.dtype)
-    return dword, dembeds, dposition, dtype, torch.stack((dweight, dbias))
+    return dword, dembeds, dposition, dtype, torch.stack(dparams)
 
 
 # -- registration ---------------------------------------------------------------------------

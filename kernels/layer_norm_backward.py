@@ -24,6 +24,7 @@ import torch
 from . import launch
 from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
 from .layer_norm import MAX_N, fuzz_shape, layer_norm_ref, load_row, normalize, sum_of
+from .layer_norm import SPEC as LAYER_NORM
 from .spec import Spec
 
 
@@ -119,6 +120,11 @@ def _sum_kernel(
 
 
 # -- launchers ------------------------------------------------------------------------------
+def _beside(N):
+    """Programs of a multiprocessor."""
+    return max(min(8192 // next_power_of_2(N), 8), 1)
+
+
 def _programs(M, beside, multiprocessors):
     """The interpreter, which pays for programs, has few, and yet no more than 256 rows in each."""
     return min(M, max(4, M // 256) if launch.INTERPRET else beside * multiprocessors)
@@ -131,7 +137,7 @@ def _config(N):
     BLOCK_N = next_power_of_2(N)
     config = {
         "BLOCK_N": BLOCK_N, "num_warps": launch.warps(BLOCK_N), "STAGES": 2,
-        "BESIDE": max(min(8192 // BLOCK_N, 8), 1),
+        "BESIDE": _beside(N),
     }  # fmt: skip
     return launch.configuration("layer_norm_backward", config, fixed=("BLOCK_N",), N=N)
 
@@ -153,27 +159,23 @@ def _backward(out, dy, x, weight, residual, eps, num_tokens):
         )
     _sum_kernel[(ceil_div(2 * N, 32),)](
         sums, dweight, dbias, programs, N,
-        BLOCK_M=2 if launch.INTERPRET else 64, BLOCK_N=32, num_warps=4,
+        BLOCK_M=2 if launch.INTERPRET else 64,  # there, few sums are several tiles
+        BLOCK_N=32, num_warps=4,
     )  # fmt: skip
 
 
 def _plain(dy, x, weight, residual, eps, num_tokens):
-    M = x.shape[0]
+    M, N = x.shape[0], x.shape[-1]
     dy, x, residual = launch.head(num_tokens, dy, x, residual)
-    dh, dweight, dbias = layer_norm_gradients(dy, sum_of(x, residual), weight, eps)
-    return launch.pad_rows(dh.to(x.dtype), M), dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-def layer_norm_gradients(dy, h, weight, eps):
-    """dh [..., N] and dweight, dbias [N], all in the dtype of h."""
+    h = sum_of(x, residual)
     dy = dy.to(h.dtype)
     centred = h - h.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     x_hat = centred * rstd
     g = dy * weight
-    dh = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
-    N = h.shape[-1]
-    return dh, (dy * x_hat).reshape(-1, N).sum(0), dy.reshape(-1, N).sum(0)
+    dx = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
+    dweight, dbias = (t.reshape(-1, N).sum(0).to(weight.dtype) for t in (dy * x_hat, dy))
+    return launch.pad_rows(dx.to(x.dtype), M), dweight, dbias
 
 
 # -- registration ---------------------------------------------------------------------------
@@ -245,7 +247,7 @@ def _fuzz(rng):
 def _cost(itemsize, shape, residual=False, **_):
     size, N = math.prod(shape), shape[-1]
     # In fp32, written and read; on an H100.
-    sums = 2 * N * _programs(size // N, max(min(8192 // N, 8), 1), 132)
+    sums = 2 * N * _programs(size // N, _beside(N), 132)
     flops = (16 + residual) * size + 2 * sums
     return flops, ((3 + residual) * size + 3 * N) * itemsize + 8 * sums
 
@@ -272,12 +274,7 @@ SPEC = Spec(
     fuzz=_fuzz,
     whole={"shape": (256, 1024)},
     huge=({"shape": (2**18 + 3, 8192)},),
-    bench=(
-        {"shape": (32 * 512, 384)},
-        {"shape": (32 * 512, 768)},  # BERT-base
-        {"shape": (32 * 512, 1024)},  # BERT-large
-        {"shape": (1024, 8192)},  # the widest
-    ),
+    bench=LAYER_NORM.bench,
     rejects={
         "x must be fp32, fp16 or bf16 [..., 1 to 8192], got int64[4, 768]": {
             "x": torch.ones(4, 768).long()
