@@ -15,31 +15,34 @@ from transformers import modeling_outputs
 
 
 class Embeddings(NamedTuple):
-    """In a model: project(norm(word + token_type + position))."""
+    """In a model: project(dropout(norm(word + token_type + position)))."""
 
     word: Any
     position: Any
     token_type: Any  # None where there are no token types
     norm: Any
+    dropout: Any
 
 
 class Attention(NamedTuple):
-    """In a layer: norm(dense(attention(query, key, value)) + x)."""
+    """In a layer: norm(dropout(dense(attention(query, key, value))) + x)."""
 
-    core: Any  # has attention_head_size and scaling
+    core: Any  # has attention_head_size, scaling, and the dropout of probabilities
     query: Any
     key: Any
     value: Any
     dense: Any
+    dropout: Any  # None where there is none
     norm: Any
 
 
 class FeedForward(NamedTuple):
-    """In a layer: norm(down(activation(up(x))) + x)."""
+    """In a layer: norm(dropout(down(activation(up(x)))) + x)."""
 
     up: Any
     activation: Any
     down: Any
+    dropout: Any
     norm: Any
 
 
@@ -117,6 +120,7 @@ def _bert_attention(name):
         key=f"{name}.self.key",
         value=f"{name}.self.value",
         dense=f"{name}.output.dense",
+        dropout=f"{name}.output.dropout",
         norm=f"{name}.output.LayerNorm",
     )
 
@@ -129,6 +133,7 @@ BERT = Architecture(
         position="embeddings.position_embeddings",
         token_type="embeddings.token_type_embeddings",
         norm="embeddings.LayerNorm",
+        dropout="embeddings.dropout",
     ),
     encoder="encoder",
     attention=_bert_attention("attention"),
@@ -137,6 +142,7 @@ BERT = Architecture(
         up="intermediate.dense",
         activation="intermediate.intermediate_act_fn",
         down="output.dense",
+        dropout="output.dropout",
         norm="output.LayerNorm",
     ),
     output=modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions,
@@ -166,10 +172,15 @@ DISTILBERT = Architecture(
         key="attention.k_lin",
         value="attention.v_lin",
         dense="attention.out_lin",
+        dropout=None,
         norm="sa_layer_norm",
     ),
     feed_forward=FeedForward(
-        up="ffn.lin1", activation="ffn.activation", down="ffn.lin2", norm="output_layer_norm"
+        up="ffn.lin1",
+        activation="ffn.activation",
+        down="ffn.lin2",
+        dropout="ffn.dropout",
+        norm="output_layer_norm",
     ),
     output=modeling_outputs.BaseModelOutput,
 )

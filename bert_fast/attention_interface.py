@@ -26,6 +26,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 from . import kernels as ops
 from .encoder import Tokens
 from .kernels.attention import MAX_D
+from .kernels.dropout import new_seeds
 from .kernels.launch import DTYPES
 from .modeling import calls_of, logger
 
@@ -103,7 +104,7 @@ def attend(
         causal = attention_mask.ndim == 3
     else:
         causal = S > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    reason = _reason(query, key, value, attention_mask, dropout, causal, kwargs)
+    reason = _reason(query, key, value, attention_mask, causal, kwargs)
     if not torch.compiler.is_compiling() and calls_of(module).count(reason):
         _say(reason)
     if reason == "output_attentions":
@@ -135,6 +136,7 @@ def attend(
         q, k, v, queries.cu_seqlens, S,
         cu_seqlens_k=keys.cu_seqlens if across else None, max_seqlen_k=Sk if across else None,
         causal=causal, scale=scaling, num_tokens=queries.num_tokens,
+        dropout_p=dropout, seed=next(new_seeds(1, device)) if dropout else None,
     )  # fmt: skip
     return queries.unpack(o.flatten(1)).unflatten(2, o.shape[1:]), None
 
@@ -144,14 +146,12 @@ def _say(reason):
     logger.warning("bert_fast: transformers' own attention runs: %s", reason)
 
 
-def _reason(query, key, value, mask, dropout, causal, kwargs):
+def _reason(query, key, value, mask, causal, kwargs):
     """Why the kernels do not cover this call; None where they do."""
     if kwargs.get("output_attentions") and key.shape[1] == query.shape[1]:
         return "output_attentions"
     if mask is not None and mask.ndim == 4:
         return "4-D attention_mask"
-    if dropout:
-        return f"training with dropout {dropout:g}"
     for name in ("position_bias", "softcap", "cache", "s_aux"):
         if kwargs.get(name) is not None:
             return f"keyword {name}"

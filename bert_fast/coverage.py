@@ -124,7 +124,11 @@ def reason_of_model(model):
     if config._attn_implementation not in ATTENTIONS:
         return f"attn_implementation {config._attn_implementation}"
     if torch.is_autocast_enabled(device.type):
-        return "torch.autocast"
+        into = torch.get_autocast_dtype(device.type)
+        if dtype is not torch.float32 or into not in (torch.float16, torch.bfloat16):
+            return f"torch.autocast from {dtype} to {into}"
+        if model._modules.get(model.architecture.project or "") is not None:
+            return f"torch.autocast with {model.architecture.project}"
     if torch.jit.is_tracing():
         return "torch.jit tracing"
     if is_transformed():
@@ -162,6 +166,7 @@ def reason_of_parts(model):
         (paths.position, nn.Embedding),
         (paths.token_type, nn.Embedding),
         (paths.norm, nn.LayerNorm),
+        (paths.dropout, nn.Dropout),
         (f"{architecture.encoder}.layer", nn.ModuleList),
     ):
         if path is None:
@@ -243,10 +248,7 @@ def _reason_of_module(module, dtype, device_index, hooks):
             return f"weights of type {type(p).__name__}"
         if p.dtype is not dtype or p.get_device() != device_index:
             return f"{p.dtype} on {p.device} beside {dtype} on the model's device"
-    if kind is nn.Dropout:
-        if module.training and module.p > 0:
-            return f"training with dropout {module.p:g}"
-    elif kind is nn.Embedding:
+    if kind is nn.Embedding:
         if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
             return "max_norm, sparse or scale_grad_by_freq"
     return None

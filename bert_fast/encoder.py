@@ -82,8 +82,8 @@ class Memory(NamedTuple):
 
 
 # -- the encoder ----------------------------------------------------------------------------
-def embed(model, inputs, tokens):
-    """The embeddings of the tokens of Inputs: [T, H]."""
+def embed(model, inputs, tokens, seeds):
+    """The embeddings of the tokens of Inputs: [T, H]. Each dropout takes the next of seeds."""
     architecture, position_ids = model.architecture, inputs.position_ids
     parts = find(model, architecture.embeddings)
     if position_ids is None and architecture.position_ids:
@@ -104,6 +104,8 @@ def embed(model, inputs, tokens):
         padding_idx=parts.word.padding_idx,
         num_tokens=tokens.num_tokens,
     )
+    if _drops(parts.dropout):
+        x = _drop(parts.dropout, x, tokens, seeds)
     project = architecture.project and model._modules.get(architecture.project)
     return _product([project], x, tokens) if project else x
 
@@ -130,20 +132,22 @@ def _frozen_row(table, padding_idx):
     return _FrozenRow.apply(table, padding_idx)
 
 
-def layer_forward(architecture, layer, x, tokens, causal, memory=None, cache=None, index=0):
+def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, cache=None, index=0):
     """One layer: x [T, H] -> [T, H]. A cache of transformers gets its keys and values, as layer
     `index`."""
     part = find(layer, architecture.attention)
-    x = _add_norm(part, _attend(part, x, tokens, causal, cache, index), x, tokens)
+    o = _attend(part, x, tokens, seeds, causal, cache, index)
+    x = _add_norm(part, part.dense, o, x, tokens, seeds)
     if memory is not None:
         part = find(layer, architecture.cross_attention)
-        x = _add_norm(part, _attend_to(part, x, tokens, memory, cache, index), x, tokens)
+        o = _attend_to(part, x, tokens, seeds, memory, cache, index)
+        x = _add_norm(part, part.dense, o, x, tokens, seeds)
     part = find(layer, architecture.feed_forward)
     h = _product([part.up], x, tokens, "gelu")
-    return _norm(part.norm, _product([part.down], h, tokens, residual=x), tokens)
+    return _add_norm(part, part.down, h, x, tokens, seeds)
 
 
-def _attend(part, x, tokens, causal, cache, index):
+def _attend(part, x, tokens, seeds, causal, cache, index):
     """Self attention: x [T, H] -> [T, H]."""
     q, k, v = _products(x, tokens, part.core, part.query, part.key, part.value)
     if cache is not None:
@@ -151,11 +155,12 @@ def _attend(part, x, tokens, causal, cache, index):
     o = ops.attention(
         q, k, v, tokens.cu_seqlens, tokens.shape[1],
         causal=causal, scale=part.core.scaling, num_tokens=tokens.num_tokens,
+        **_dropout_of(part.core, seeds),
     )  # fmt: skip
     return o.flatten(1)
 
 
-def _attend_to(part, x, tokens, memory, cache, index):
+def _attend_to(part, x, tokens, seeds, memory, cache, index):
     """Cross attention: x [T, H] asks, memory [Tk, H] answers -> [T, H]."""
     (q,) = _products(x, tokens, part.core, part.query)
     k, v = _products(memory.states, memory.tokens, part.core, part.key, part.value)
@@ -165,9 +170,16 @@ def _attend_to(part, x, tokens, memory, cache, index):
     o = ops.attention(
         q, k, v, tokens.cu_seqlens, tokens.shape[1],
         cu_seqlens_k=memory.tokens.cu_seqlens, max_seqlen_k=memory.tokens.shape[1],
-        scale=part.core.scaling, num_tokens=tokens.num_tokens,
+        scale=part.core.scaling, num_tokens=tokens.num_tokens, **_dropout_of(part.core, seeds),
     )  # fmt: skip
     return o.flatten(1)
+
+
+def _dropout_of(core, seeds):
+    """Keywords of attention for its dropout. Whether core trains counts, as in stock."""
+    if core.training and core.dropout.p:
+        return {"dropout_p": core.dropout.p, "seed": next(seeds)}
+    return {}
 
 
 def _products(x, tokens, core, *linears):
@@ -178,21 +190,48 @@ def _products(x, tokens, core, *linears):
 
 
 def _product(linears, x, tokens, activation=None, residual=None):
-    """The product of x [T, K] with the rows of all Linears, and what `linear` does to it."""
+    """The product of x [T, K] with the rows of all Linears, and what `linear` does to it. Under
+    autocast it is in its dtype, like the products of stock."""
     bias = as_one(*(m.bias for m in linears))
-    if (packed := prepacked(linears, x)) is not None and tokens.num_tokens is None:
-        return prepacked_linear(x, packed, bias, activation, residual)
+    dtype = _autocast(x)
+    if dtype is None and tokens.num_tokens is None:
+        if (packed := prepacked(linears, x)) is not None:
+            return prepacked_linear(x, packed, bias, activation, residual)
     weight = as_one(*(m.weight for m in linears))
+    if dtype is not None:
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     return ops.linear(x, weight, bias, activation, residual, num_tokens=tokens.num_tokens)
 
 
-def _add_norm(part, h, x, tokens):
-    """LayerNorm(dense(h) + x): the end of an attention."""
-    return _norm(part.norm, _product([part.dense], h, tokens, residual=x), tokens)
+def _autocast(x):
+    """The dtype that products on the device of x are to have, or None for that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _norm(norm, h, tokens):
-    return ops.layer_norm(h, norm.weight, norm.bias, eps=norm.eps, num_tokens=tokens.num_tokens)
+def _add_norm(part, linear, h, x, tokens, seeds):
+    """LayerNorm(dropout(linear(h)) + x): the end of an attention and of a feed-forward. Who adds x
+    is whoever can: the product; dropout, if there is one; LayerNorm where x is wider."""
+    residual = None
+    if _drops(part.dropout):
+        h = _product([linear], h, tokens).to(x.dtype)
+        h = _drop(part.dropout, h, tokens, seeds, residual=x)
+    elif _autocast(x):
+        h, residual = _product([linear], h, tokens).to(x.dtype), x
+    else:
+        h = _product([linear], h, tokens, residual=x)
+    norm = part.norm
+    return ops.layer_norm(
+        h, norm.weight, norm.bias, residual, norm.eps, num_tokens=tokens.num_tokens
+    )
+
+
+def _drops(dropout):
+    return dropout is not None and dropout.training and dropout.p > 0
+
+
+def _drop(dropout, x, tokens, seeds, residual=None):
+    return ops.dropout(x, dropout.p, next(seeds), residual, num_tokens=tokens.num_tokens)
 
 
 def _keep(cache, index, k, v, tokens):

@@ -307,7 +307,7 @@ def _burnt_in(model):
     modules, found = [model], []
     for module in modules:
         state = module.__dict__
-        found.append((state.get("eps"), state.get("scaling")))
+        found.append([state.get(name) for name in ("eps", "scaling", "training", "p")])
         for p in state["_parameters"].values():
             if p is not None:
                 found.append((p.data_ptr(), p.dtype))

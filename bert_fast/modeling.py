@@ -23,6 +23,7 @@ from .coverage import asked, caches, decodes, reason_of_call, reason_of_model
 from .encoder import Memory, Tokens, embed, layer_forward
 from .graphs import bucket_of, graphs_of
 from .inputs import Inputs, check
+from .kernels.dropout import new_seeds
 
 __all__ = [
     "BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction",
@@ -136,12 +137,14 @@ class _Encoder:
         cache = inputs.past_key_values
         if cache is None and caches(self, inputs):
             cache = _new_cache(self.config, memory is not None)
-        x = embed(self, inputs, tokens)
+        layers = architecture.layers(self)
+        seeds = new_seeds(1 + 5 * len(layers), device)  # two attentions have four dropouts
+        x = embed(self, inputs, tokens, seeds)
         states, causal = [], decodes(self)
-        for index, layer in enumerate(architecture.layers(self)):
+        for index, layer in enumerate(layers):
             if wanted:
                 states.append(tokens.unpack(x))
-            x = layer_forward(architecture, layer, x, tokens, causal, memory, cache, index)
+            x = layer_forward(architecture, layer, x, tokens, seeds, causal, memory, cache, index)
         return tokens.unpack(x), states, cache
 
     def _output(self, last, kwargs, cache=None, states=None):

@@ -13,6 +13,8 @@ else:
     from .attention import attention
     from .attention_backward import SPEC as ATTENTION_BACKWARD
     from .attention_backward import attention_backward
+    from .dropout import SPEC as DROPOUT
+    from .dropout import dropout
     from .embedding import SPEC as EMBEDDING
     from .embedding import embedding
     from .gelu import SPEC as GELU
@@ -27,11 +29,11 @@ else:
     from .packing import PACK, UNPACK, Packing, pack, unpack
 
     SPECS = (
-        ATTENTION, ATTENTION_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD, GELU, LINEAR, EMBEDDING,
-        PACK, UNPACK,
+        ATTENTION, ATTENTION_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD, GELU, DROPOUT, LINEAR,
+        EMBEDDING, PACK, UNPACK,
     )  # fmt: skip
 
 __all__ = [
-    "SPECS", "Packing", "attention", "attention_backward", "backend", "embedding", "gelu",
-    "layer_norm", "layer_norm_backward", "linear", "missing", "pack", "unpack",
+    "SPECS", "Packing", "attention", "attention_backward", "backend", "dropout", "embedding",
+    "gelu", "layer_norm", "layer_norm_backward", "linear", "missing", "pack", "unpack",
 ]

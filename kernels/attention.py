@@ -1,10 +1,11 @@
 """Multi-head attention over packed sequences: no padding is stored, read or computed.
 
-    o = softmax(scale * q k^T) v        for each sequence and head on its own
+    o = dropout(softmax(scale * q k^T)) v        for each sequence and head on its own
 
 Shapes     q, o [T, heads, D]; k, v [Tk, heads, D]; D <= 256. Sequence b is rows cu_seqlens[b] to
            cu_seqlens[b + 1] of q, and cu_seqlens_k[b] to cu_seqlens_k[b + 1] of k and v.
            A query without keys gives zeros.
+Dropout    Of probabilities, in training; see dropout.py for what is drawn.
 Causal     query i of Lq sees key j of Lk where j <= i + Lk - Lq: the last query sees all keys.
 Precision  Scores, softmax and sums in fp32. Probabilities are rounded to the dtype of v before
            they are multiplied with it, and o once. fp32 products are exact fp32 ("ieee") unless
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
+from .dropout import check_dropout, draw, factor, kept, most, new_seeds, row_keys
 from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
 from .spec import Spec
 
@@ -40,9 +42,19 @@ def softmax(scores, causal):
     return p.masked_fill(unseen.all(-1, keepdim=True), 0.0)
 
 
+def drop(p, start_q, dropout_p, seed):
+    """Dropout of p [n, heads, Lq, Lk], whose n * Lq queries are rows start_q and on."""
+    n, heads, Lq, Lk = p.shape
+    rows = torch.arange(start_q, start_q + n * Lq, dtype=torch.int32, device=p.device)
+    head, column = (torch.arange(N, dtype=torch.int32, device=p.device) for N in (heads, Lk))
+    keeps = kept(seed, head[:, None, None], rows.view(n, 1, Lq, 1), column, dropout_p)
+    return torch.where(keeps, p * factor(dropout_p), 0.0)
+
+
 def attention_ref(
     q, k, v, cu_seqlens, max_seqlen, *,
-    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, num_tokens=None,
+    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, dropout_p=0.0, seed=None,
+    num_tokens=None,
 ):
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -52,6 +64,8 @@ def attention_ref(
         of_k = slice(cu_seqlens_k[b], cu_seqlens_k[b + 1])
         scores = torch.einsum("qhd,khd->hqk", q[of_q], k[of_k]) * scale
         p = softmax(scores, causal)
+        if dropout_p:
+            p = drop(p[None], int(cu_seqlens[b]), dropout_p, seed)[0]
         o[of_q] = torch.einsum("hqk,khd->qhd", p, v[of_k])
     return o
 
@@ -66,6 +80,7 @@ def _attend(
     start_n,  # first key of the tile
     length_k,  # keys of this sequence
     last,  # [BLOCK_M]: last key that a query sees
+    keys, most,  # of the draws of dropout: [BLOCK_M], or None without
     D,
     qk_scale,  # scale * log2(e): exp2 is one instruction, exp is five
     MASKED: tl.constexpr,  # the tile has keys that some query must not see
@@ -92,6 +107,8 @@ def _attend(
     p = tl.exp2(s - m_finite[:, None])
     rescale = tl.exp2(m - m_finite)
     l = l * rescale + tl.sum(p, 1)
+    if keys is not None:
+        p = tl.where(draw(keys[:, None], offs_n[None, :]) <= most, p, 0.0)
     if v.dtype == tl.float32:
         # One chain over all keys would err several times as far as a sum of sums. fma, as Triton
         # makes one chain of a dot and an addition.
@@ -102,8 +119,8 @@ def _attend(
 
 
 @triton.jit(
-    do_not_specialize=["blocks"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "cu_seqlens_k_ptr"],
+    do_not_specialize=["blocks", "most"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "cu_seqlens_k_ptr", "seed_ptr"],
 )
 def _forward_kernel(
     q_ptr,  # [T, heads, D]
@@ -111,10 +128,12 @@ def _forward_kernel(
     v_ptr,  # [Tk, heads, D]
     cu_seqlens_ptr,  # [B + 1]
     cu_seqlens_k_ptr,  # [B + 1]
+    seed_ptr,  # [1]; None without dropout
     o_ptr,  # [T, heads, D], contiguous
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     heads, D, blocks,
     qk_scale,
+    most, factor,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -140,6 +159,10 @@ def _forward_kernel(
     q_ptr += h.to(tl.int64) * stride_qh
     q = tl.load(q_ptr + rows_m * stride_qt + offs_d[None, :], mask=mask_md, other=0.0)
 
+    keys = None
+    if seed_ptr is not None:
+        keys = row_keys(seed_ptr, h.to(tl.uint32), (start_q + offs_m).to(tl.uint32))
+
     # Keys below `full` are seen by every query of the tile, keys from `end` on by none.
     if CAUSAL:
         shift = length_k - length_q
@@ -158,15 +181,17 @@ def _forward_kernel(
     for start_n in range(0, full, BLOCK_N):
         acc, m, l = _attend(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
-            D, qk_scale, False, PRECISION, BLOCK_N, BLOCK_D,
+            keys, most, D, qk_scale, False, PRECISION, BLOCK_N, BLOCK_D,
         )
     for start_n in range(full, end, BLOCK_N):
         acc, m, l = _attend(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
-            D, qk_scale, True, PRECISION, BLOCK_N, BLOCK_D,
+            keys, most, D, qk_scale, True, PRECISION, BLOCK_N, BLOCK_D,
         )
 
     o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
+    if seed_ptr is not None:
+        o *= factor
     o_ptr += rows_m * (heads * D) + h * D
     tl.store(o_ptr + offs_d[None, :], o, mask=mask_md)
 
@@ -200,7 +225,9 @@ def unit_stride(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
+def _forward(
+    o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, dropout_p, seed
+):
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     cu_seqlens = cu_seqlens.contiguous()
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
@@ -210,9 +237,9 @@ def _forward(o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, cau
     programs = blocks * heads * (len(cu_seqlens) - 1)
     if programs:
         _forward_kernel[(programs,)](
-            q, k, v, cu_seqlens, cu_seqlens_k, o,
+            q, k, v, cu_seqlens, cu_seqlens_k, seed, o,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            heads, D, blocks, scale * LOG2E,
+            heads, D, blocks, scale * LOG2E, most(dropout_p), factor(dropout_p),
             CAUSAL=causal, PRECISION=launch.precision(q), **config,
         )
 
@@ -244,8 +271,11 @@ def batch_of(t, start, n, length):
     )
 
 
-def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
-    """One call of scaled_dot_product_attention for each run of sequences of equal lengths."""
+def _plain(
+    q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, dropout_p, seed
+):
+    """One call of scaled_dot_product_attention for each run of sequences of equal lengths, or its
+    definition where there is dropout."""
     max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
     dtype = q.dtype
     q, k, v = launch.for_products(q, k, v)
@@ -260,6 +290,15 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
         blind = Lq if Lk == 0 else max(Lq - Lk, 0) if causal else 0  # queries that see no key
         if blind == Lq:
             parts.append(q.new_zeros(n * Lq, *q.shape[1:]))
+            continue
+        if dropout_p:
+            of_q, of_k, of_v = (
+                batch_of(t, start, n, length).float()
+                for t, start, length in ((q, start_q, Lq), (k, start_k, Lk), (v, start_k, Lk))
+            )
+            p = softmax(of_q @ of_k.mT * scale, causal)
+            o = drop(p, start_q, dropout_p, seed) @ of_v
+            parts.append(o.transpose(1, 2).flatten(0, 1))
             continue
         unmasked = not causal or Lq >= Lk
         o = F.scaled_dot_product_attention(
@@ -281,7 +320,8 @@ def _plain(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, 
 # -- registration ---------------------------------------------------------------------------
 _attention = launch.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k,"
-    " SymInt max_seqlen, SymInt? max_seqlen_k, bool causal, float scale) -> Tensor",
+    " SymInt max_seqlen, SymInt? max_seqlen_k, bool causal, float scale, float dropout_p,"
+    " Tensor? seed) -> Tensor",
     outputs=lambda q, *_: q.new_empty(q.shape),
     launch=_forward,
     plain=_plain,
@@ -290,16 +330,17 @@ _attention = launch.define(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
-        ctx.save_for_backward(q, k, v, cu_q, cu_k)
-        ctx.others = max_q, max_k, causal, scale
-        return _attention(q, k, v, cu_q, cu_k, *ctx.others)
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, dropout_p, seed):
+        ctx.save_for_backward(q, k, v, cu_q, cu_k, seed)
+        ctx.others = max_q, max_k, causal, scale, dropout_p
+        return _attention(q, k, v, cu_q, cu_k, *ctx.others, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
         op = torch.ops.bert_fast.attention_backward.default  # of attention_backward.py
-        return *op(do, *ctx.saved_tensors, *ctx.others), *[None] * 6
+        *tensors, seed = ctx.saved_tensors
+        return *op(do, *tensors, *ctx.others, seed), *[None] * 8
 
 
 # -- public op ------------------------------------------------------------------------------
@@ -328,7 +369,8 @@ def check_sequences(op, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen_k):
 
 def attention(
     q, k, v, cu_seqlens, max_seqlen, *,
-    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, num_tokens=None,
+    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, dropout_p=0.0, seed=None,
+    num_tokens=None,
 ):
     """Multi-head attention of packed sequences.
 
@@ -339,6 +381,8 @@ def attention(
     cu_seqlens_k, max_seqlen_k   the same of k and v; None means those of q
     causal        query i of Lq sees keys up to i + Lk - Lq, so the last query sees them all
     scale         factor of the scores; None means D ** -0.5
+    dropout_p     the probability with which a probability becomes zero, in training
+    seed          int64[1] on the device of q, needed where dropout_p is not 0: what is drawn from
     num_tokens    [1] integer, as other ops take it; of no effect, as cu_seqlens[-1] says the same:
                   rows past it are not read, and not written in the result
 
@@ -348,8 +392,11 @@ def attention(
     """
     check_sequences("attention", q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen_k)
     launch.check_num_tokens("attention", num_tokens)
+    seed = check_dropout("attention", "dropout_p", dropout_p, seed) if dropout_p else None
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    args = (q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale)
+    args = (
+        q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, dropout_p, seed
+    )
     if torch.is_grad_enabled():
         return _Attention.apply(*args)
     return _attention(*args)
@@ -361,7 +408,9 @@ def cu_seqlens_of(lengths, device):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def _inputs(dtype, device, lengths, lengths_k=None, heads=2, D=64, causal=False, scale=None):
+def _inputs(
+    dtype, device, lengths, lengths_k=None, heads=2, D=64, causal=False, scale=None, dropout_p=0.0
+):
     T, Tk = sum(lengths), sum(lengths if lengths_k is None else lengths_k)
     q, k, v = (
         torch.randn(rows, heads, D, device=device).to(dtype) for rows in (T, Tk, Tk)
@@ -372,6 +421,8 @@ def _inputs(dtype, device, lengths, lengths_k=None, heads=2, D=64, causal=False,
         "max_seqlen": max(lengths, default=0),
         "causal": causal,
         "scale": scale,
+        "dropout_p": dropout_p,
+        "seed": next(new_seeds(1, device)) if dropout_p else None,
     }
     if lengths_k is not None:
         inputs["cu_seqlens_k"] = cu_seqlens_of(lengths_k, device)
@@ -391,6 +442,8 @@ def _fuzz(rng):
         case["causal"] = True
     if rng.random() < 0.2:
         case["scale"] = rng.choice((-1.0, 0.0, 0.01, 1.0, 3.0))
+    if rng.random() < 0.2:
+        case["dropout_p"] = rng.choice((0.1, 0.5, 1.0))
     return case
 
 
@@ -428,6 +481,9 @@ SPEC = Spec(
         {"lengths": (31, 7), "scale": 1.0},  # near one-hot
         {"lengths": (1, 1, 1, 65), "heads": 3, "scale": 30.0},  # exp2 of scores would be 0 or inf
         {"lengths": (3,), "lengths_k": (8192,), "heads": 1, "D": 16},
+        {"lengths": (40, 66), "heads": 3, "D": 32, "dropout_p": 0.5},
+        {"lengths": (3, 70), "lengths_k": (65, 2), "causal": True, "dropout_p": 0.1},
+        {"lengths": (5,), "dropout_p": 1.0},
     ),
     fuzz=_fuzz,
     whole={"lengths": (128, 256), "heads": 2, "D": 64},
@@ -441,6 +497,7 @@ SPEC = Spec(
         {"lengths": (128,) * 16, "heads": 8, "D": 128},
         {"lengths": (512,) * 4, "heads": 4, "D": 256},
         {"lengths": (512,) * 8, "heads": 12, "D": 64, "causal": True},
+        {"lengths": (512,) * 32, "heads": 12, "D": 64, "dropout_p": 0.1},
     ),
     rejects={
         "q must be fp32, fp16 or bf16 [T, heads, 1 to 256], got float32[4, 64]": {
@@ -453,6 +510,8 @@ SPEC = Spec(
         },
         "cu_seqlens must be int32[B + 1], got int64[4]": {"cu_seqlens": torch.zeros(4).long()},
         "cu_seqlens_k and max_seqlen_k go together, got None and 3": {"max_seqlen_k": 3},
+        "dropout_p must be from 0 to 1, got -0.1": {"dropout_p": -0.1},
+        "seed must be int64[1], got None": {"dropout_p": 0.1},
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },
     packed=("q", "k", "v"),

@@ -1,9 +1,9 @@
 """The gradients of attention over packed sequences, for each sequence and head on its own:
 
     p = softmax(scale * q k^T)          the probabilities, computed again
-    dp = do v^T
+    dp = dropout(do v^T)                the same places as in the forward
     ds = p * (dp - delta)               delta = sum(p * dp) over the keys of a query
-    dq = scale * ds k                   dk = scale * ds^T q                   dv = p^T do
+    dq = scale * ds k                   dk = scale * ds^T q               dv = dropout(p)^T do
 
 Shapes     do, q, dq [T, heads, D]; k, v, dk, dv [Tk, heads, D]; D <= 256. Sequences as in
            attention. Rows of no sequence get zeros.
@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 
 from . import launch
-from .attention import LOG2E, attention_ref, batch_of, check_sequences, runs, softmax, unit_stride
+from .attention import LOG2E, batch_of, check_sequences, drop, runs, softmax, unit_stride
 from .attention import SPEC as ATTENTION
+from .dropout import check_dropout, draw, factor, most, row_keys
 from .launch import ceil_div, next_power_of_2, show, tl, triton
 from .spec import Spec
 
@@ -37,14 +38,15 @@ class AttentionGradients(NamedTuple):
 # -- reference ------------------------------------------------------------------------------
 def attention_backward_ref(
     do, q, k, v, cu_seqlens, max_seqlen, *,
-    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None,
+    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, dropout_p=0.0, seed=None,
 ):
     """By autograd, from the definition of the forward."""
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-        o = attention_ref(
+        o = ATTENTION.ref(
             q, k, v, cu_seqlens, max_seqlen,
             cu_seqlens_k=cu_seqlens_k, max_seqlen_k=max_seqlen_k, causal=causal, scale=scale,
+            dropout_p=dropout_p, seed=seed,
         )  # fmt: skip
         if not o.requires_grad:  # there are no sequences
             return AttentionGradients(*(torch.zeros_like(t) for t in (q, k, v)))
@@ -88,6 +90,18 @@ def _scores(q, k, start_n, last, qk_scale, PRECISION: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
+def _of_probabilities(
+    do, v, start_n, keys, most, factor, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """dp [BLOCK_M, BLOCK_N]: gradients of probabilities before dropout, whose keys may be None."""
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    if keys is not None:
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        dp = tl.where(draw(keys[:, None], offs_n[None, :]) <= most, dp * factor, 0.0)
+    return dp
+
+
+@triton.jit
 def _first_row(b, start_q):
     """Of sequence b, in lse and delta: a multiple of 128, whose rows come 16 bytes at a time. No
     two sequences share one, since each takes 127 further rows."""
@@ -112,14 +126,15 @@ def _store_zeros(
 
 
 @triton.jit(
-    do_not_specialize=["T", "B", "blocks"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "cu_seqlens_k_ptr"],
+    do_not_specialize=["T", "B", "blocks", "most"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "cu_seqlens_k_ptr", "seed_ptr"],
 )
 def _dq_kernel(
     do_ptr, q_ptr,  # [T, heads, D]
     k_ptr, v_ptr,  # [Tk, heads, D]
     cu_seqlens_ptr,  # [B + 1]
     cu_seqlens_k_ptr,  # [B + 1]
+    seed_ptr,  # [1]; None without dropout
     dq_ptr,  # [T, heads, D], contiguous
     lse_ptr,  # [heads, rows] in fp32: log2 of the sum of exp2 of a query's scores; 0 without any
     delta_ptr,  # [heads, rows] in fp32
@@ -127,6 +142,7 @@ def _dq_kernel(
     T, B, rows, heads, D, blocks,
     scale,
     qk_scale,  # scale * log2(e)
+    most, factor,  # of dropout
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -163,6 +179,10 @@ def _dq_kernel(
         last = offs_m + shift
         end = tl.minimum(start_m + BLOCK_M + shift, length_k)
 
+    keys = None
+    if seed_ptr is not None:
+        keys = row_keys(seed_ptr, h.to(tl.uint32), (start_q + offs_m).to(tl.uint32))
+
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # maximum of the scores
     l = tl.zeros([BLOCK_M], tl.float32)  # sum of exp2(score - m)
     delta = tl.zeros([BLOCK_M], tl.float32)  # the same, each times dp
@@ -170,7 +190,7 @@ def _dq_kernel(
         k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, BLOCK_N, BLOCK_D)
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dp = _of_probabilities(do, v, start_n, keys, most, factor, PRECISION, BLOCK_N)
         m_new = tl.maximum(m, tl.max(s, 1))
         # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -188,7 +208,7 @@ def _dq_kernel(
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, BLOCK_N, BLOCK_D)
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
         p = tl.exp2(s - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        dp = _of_probabilities(do, v, start_n, keys, most, factor, PRECISION, BLOCK_N)
         ds = p * (dp - delta[:, None])
         dq = _add_product(dq, ds.to(k.dtype), k, PRECISION)
 
@@ -202,8 +222,8 @@ def _dq_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["Tk", "B", "blocks"],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr", "cu_seqlens_k_ptr"],
+    do_not_specialize=["Tk", "B", "blocks", "most"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "cu_seqlens_k_ptr", "seed_ptr"],
 )
 def _dkdv_kernel(
     do_ptr, q_ptr,  # [T, heads, D]
@@ -211,11 +231,13 @@ def _dkdv_kernel(
     lse_ptr, delta_ptr,  # [heads, rows], as _dq_kernel leaves them
     cu_seqlens_ptr,  # [B + 1]
     cu_seqlens_k_ptr,  # [B + 1]
+    seed_ptr,  # [1]; None without dropout
     dk_ptr, dv_ptr,  # [Tk, heads, D], contiguous
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     Tk, B, rows, heads, D, blocks,
     scale,
     qk_scale,
+    most, factor,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -263,8 +285,14 @@ def _dkdv_kernel(
         if CAUSAL:
             s = tl.where(offs_n[:, None] <= (offs_m + shift)[None, :], s, float("-inf"))
         p = tl.exp2(s - lse[None, :])
-        dv = _add_product(dv, p.to(do.dtype), do, PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dropped = p
+        if seed_ptr is not None:
+            keys = row_keys(seed_ptr, h.to(tl.uint32), (start_q + offs_m).to(tl.uint32))
+            keeps = draw(keys[None, :], offs_n[:, None]) <= most
+            dropped = tl.where(keeps, p * factor, 0.0)
+            dp = tl.where(keeps, dp * factor, 0.0)
+        dv = _add_product(dv, dropped.to(do.dtype), do, PRECISION)
         ds = p * (dp - delta[None, :])
         dk = _add_product(dk, ds.to(q.dtype), q, PRECISION)
 
@@ -335,7 +363,8 @@ def _configs(D, itemsize, arch):
 
 
 def _backward(
-    out, do, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale
+    out, do, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale,
+    dropout_p, seed,
 ):
     dq, dk, dv = out
     do, q, k, v = (unit_stride(t) for t in (do, q, k, v))
@@ -347,23 +376,27 @@ def _backward(
     lse, delta = q.new_empty(2, heads, rows, dtype=torch.float32)
     form = {"CAUSAL": causal, "PRECISION": launch.precision(q)}
     strides = [s for t in (do, q, k, v) for s in t.stride()[:2]]
+    scales = scale, scale * LOG2E, most(dropout_p), factor(dropout_p)
 
     of_q, of_k = _configs(D, q.itemsize, launch.arch())
     blocks = max(ceil_div(max_seqlen, of_q["BLOCK_M"]), 1)
     if T * heads:
         _dq_kernel[(blocks * heads * (B + 1),)](
-            do, q, k, v, cu_seqlens, cu_seqlens_k, dq, lse, delta, *strides,
-            T, B, rows, heads, D, blocks, scale, scale * LOG2E, **form, **of_q,
+            do, q, k, v, cu_seqlens, cu_seqlens_k, seed, dq, lse, delta, *strides,
+            T, B, rows, heads, D, blocks, *scales, **form, **of_q,
         )
     blocks = max(ceil_div(max_seqlen_k, of_k["BLOCK_N"]), 1)
     if Tk * heads:
         _dkdv_kernel[(blocks * heads * (B + 1),)](
-            do, q, k, v, lse, delta, cu_seqlens, cu_seqlens_k, dk, dv, *strides,
-            Tk, B, rows, heads, D, blocks, scale, scale * LOG2E, **form, **of_k,
+            do, q, k, v, lse, delta, cu_seqlens, cu_seqlens_k, seed, dk, dv, *strides,
+            Tk, B, rows, heads, D, blocks, *scales, **form, **of_k,
         )
 
 
-def _plain(do, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale):
+def _plain(
+    do, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale,
+    dropout_p, seed,
+):
     """In fp32, or fp64 for fp64, a run of sequences of equal lengths at a time."""
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -371,19 +404,21 @@ def _plain(do, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, caus
         do_, q_ = (batch_of(t, start_q, n, Lq).to(wide) for t in (do, q))
         k_, v_ = (batch_of(t, start_k, n, Lk).to(wide) for t in (k, v))
         p = softmax(q_ @ k_.mT * scale, causal)
-        dp = do_ @ v_.mT
+        dp, dropped = do_ @ v_.mT, p
+        if dropout_p:
+            dp, dropped = (drop(t, start_q, dropout_p, seed) for t in (dp, p))
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         batch_of(dq, start_q, n, Lq).copy_(ds @ k_)
         batch_of(dk, start_k, n, Lk).copy_(ds.mT @ q_)
-        batch_of(dv, start_k, n, Lk).copy_(p.mT @ do_)
+        batch_of(dv, start_k, n, Lk).copy_(dropped.mT @ do_)
     return dq, dk, dv
 
 
 # -- registration ---------------------------------------------------------------------------
 _attention_backward = launch.define(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens,"
-    " Tensor? cu_seqlens_k, SymInt max_seqlen, SymInt? max_seqlen_k, bool causal, float scale)"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    " Tensor? cu_seqlens_k, SymInt max_seqlen, SymInt? max_seqlen_k, bool causal, float scale,"
+    " float dropout_p, Tensor? seed) -> (Tensor dq, Tensor dk, Tensor dv)",
     outputs=lambda do, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)),
     launch=_backward,
     plain=_plain,
@@ -393,13 +428,13 @@ _attention_backward = launch.define(
 # -- public op ------------------------------------------------------------------------------
 def attention_backward(
     do, q, k, v, cu_seqlens, max_seqlen, *,
-    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None,
+    cu_seqlens_k=None, max_seqlen_k=None, causal=False, scale=None, dropout_p=0.0, seed=None,
 ):
     """The gradients of attention, as autograd asks for them.
 
     do    [T, heads, D] in the dtype of q: the gradient of the result
-    q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causal, scale   of the forward;
-          max_seqlen and max_seqlen_k must bound the lengths
+    q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, causal, scale, dropout_p, seed
+          of the forward; max_seqlen and max_seqlen_k must bound the lengths
 
     Returns AttentionGradients, dq, dk and dv, each like what it is of, contiguous; zeros in rows of
     no sequence. Not differentiable. Raises ValueError for any other shape or dtype.
@@ -407,11 +442,13 @@ def attention_backward(
     check_sequences("attention_backward", q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen_k)
     if do.shape != q.shape or do.dtype != q.dtype:
         raise ValueError(f"attention_backward: do must be {show(q)} like q, got {show(do)}")
+    seed = check_dropout("attention_backward", "dropout_p", dropout_p, seed) if dropout_p else None
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     with torch.no_grad():
         return AttentionGradients(
             *_attention_backward(
-                do, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale
+                do, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale,
+                dropout_p, seed,
             )
         )
 
@@ -464,6 +501,8 @@ SPEC = Spec(
         {"lengths": (1, 65), "heads": 1, "scale": 30.0},
         {"lengths": (3,), "lengths_k": (700,), "heads": 1, "D": 16},
         {"lengths": (700,), "lengths_k": (3,), "heads": 1, "D": 16},
+        {"lengths": (5, 66), "D": 16, "dropout_p": 0.5},
+        {"lengths": (3, 40), "lengths_k": (65, 2), "heads": 1, "causal": True, "dropout_p": 0.1},
     ),
     fuzz=ATTENTION.fuzz,
     whole={"lengths": (128, 256), "heads": 2, "D": 64},
@@ -475,6 +514,7 @@ SPEC = Spec(
         },
         "k must be float32[7, 3, 32] like q, got float32[7, 2, 32]": {"k": torch.ones(7, 2, 32)},
         "cu_seqlens must be int32[B + 1], got int64[4]": {"cu_seqlens": torch.zeros(4).long()},
+        "seed must be int64[1], got None": {"dropout_p": 0.1},
         "do must be float32[39, 3, 32] like q, got float32[39, 32]": {"do": torch.ones(39, 32)},
     },
     rounds_inside=True,

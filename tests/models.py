@@ -173,9 +173,10 @@ def assert_same_training(name, device):
             )
 
 
-def assert_errs_no_more_than_stock(name, dtype, device):
-    """Root mean square error against fp64: at most 1.2 times stock's in the same dtype."""
-    stock = stock_model(name, device, dtype)
+def assert_errs_no_more_than_stock(name, dtype, device, autocast=False):
+    """Root mean square error against fp64: at most 1.2 times stock's in the same dtype, or under
+    autocast to it."""
+    stock = stock_model(name, device, torch.float32 if autocast else dtype)
     exact = copy.deepcopy(stock).double()
     fast = bert_fast.accelerate(copy.deepcopy(stock))
     mask = masks(device)["right"].repeat(12, 1)  # enough sequences for a mean of pooled outputs
@@ -183,8 +184,11 @@ def assert_errs_no_more_than_stock(name, dtype, device):
     if name.endswith("MultipleChoice"):
         keywords = {k: v.view(-1, 2, S) for k, v in keywords.items()}
     with torch.no_grad():
-        ours, theirs, truth = (model(**keywords)[0].double() for model in (fast, stock, exact))
+        truth = exact(**keywords)[0]
+        with torch.autocast(device, dtype, enabled=autocast):
+            ours, theirs = (model(**keywords)[0] for model in (fast, stock))
+    assert ours.dtype == theirs.dtype
     where = mask != 0 if truth.shape[:2] == mask.shape else slice(None)
-    error, allowed = ((x - truth)[where].square().mean().sqrt() for x in (ours, theirs))
+    error, allowed = ((x.double() - truth)[where].square().mean().sqrt() for x in (ours, theirs))
     assert_ran_fast(fast)
     assert error <= 1.2 * allowed

@@ -199,17 +199,6 @@ def test_asked_for_attentions_it_gives_them(is_decoder, device):
     assert counted(ours) == (0, {"output_attentions": 6})
 
 
-def test_dropout_in_training_is_left_to_sdpa(device):
-    ours, stock = pair(stock_model(device=device).train())
-    mask = masks(device)["holes"]
-    results = []
-    for m in (ours, stock):
-        torch.manual_seed(5)
-        results.append(m(ids_of(device), mask)[0])
-    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
-    assert counted(ours) == (0, {"training with dropout 0.1": 2})
-
-
 def test_torch_compile_gives_one_graph_with_equal_results(device):
     ours, _ = pair(stock_model("RobertaModel", device))
     compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True)
