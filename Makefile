@@ -29,6 +29,8 @@ INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tes
 	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py \
 	tests/test_waits.py tests/test_dropout.py::test_trains_as_stock_with_the_same_draws
 CASES := 2000
+# A process for each core, of one thread: tests are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-interpreter test-native check fuzz mutants aot overhead bench readme \
 	compat hf-tests gpu checkpoint lint clean
@@ -40,11 +42,11 @@ test: test-interpreter test-native
 
 # The Triton kernels, run by Triton's interpreter on the CPU.
 test-interpreter: .venv/ready
-	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 # The CPU's own implementations, or the kernels on a GPU; and everything else.
 test-native: .venv/ready
-	$(BIN)/pytest
+	$(PYTEST)
 
 check: .venv/ready
 	@TRITON_INTERPRET=1 $(BIN)/python check op $(OP)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from workloads import Contender
 
+from bert_fast.kernels.dropout import dropout_ref
+
 
 def peer(name, bind, collect=lambda result, **_: [result], **options):
     """bind(**inputs) is what the clock sees. `leaves` of it are the tensors whose gradients are
@@ -23,7 +25,9 @@ def peer(name, bind, collect=lambda result, **_: [result], **options):
 
 
 # -- attention ------------------------------------------------------------------------------
-def _padded_sdpa(q, k, v, cu_seqlens, max_seqlen, causal=False, scale=None, backend=None, **_):
+def _padded_sdpa(
+    q, k, v, cu_seqlens, max_seqlen, causal=False, scale=None, dropout_p=0.0, backend=None, **_
+):
     lengths = cu_seqlens.diff()
     q, k, v = (
         pad_sequence(t.detach().split(lengths.tolist()), batch_first=True)
@@ -35,7 +39,7 @@ def _padded_sdpa(q, k, v, cu_seqlens, max_seqlen, causal=False, scale=None, back
     mask = None if causal or valid.all() else valid[:, None, None]
 
     def run():
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal, scale=scale)
 
     run = forced(backend, q.device, run) if backend else run
     return _of(run, (q, k, v))
@@ -61,9 +65,9 @@ def _varlen(problem):
     first = problem.timed["q"]
     kernel, implementation = varlen_kernel(first.device, first.dtype)
 
-    def bind(q, k, v, cu_seqlens, max_seqlen, causal=False, scale=None, **_):
-        if causal or scale is not None:
-            raise Skip("timed without causal and with the default scale alone")
+    def bind(q, k, v, cu_seqlens, max_seqlen, causal=False, scale=None, dropout_p=0.0, **_):
+        if causal or scale is not None or dropout_p:
+            raise Skip("timed without causal and dropout and with the default scale alone")
         return partial(kernel, q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
 
     def bind_inputs(inputs):
@@ -73,10 +77,12 @@ def _varlen(problem):
     return bind_inputs
 
 
-def _flex(q, k, v, cu_seqlens, max_seqlen, causal=False, scale=None, **_):
+def _flex(q, k, v, cu_seqlens, max_seqlen, causal=False, scale=None, dropout_p=0.0, **_):
     """FlexAttention over all tokens in a row, with a mask of the blocks that share a sequence."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    if dropout_p:
+        raise Skip("flex_attention has no dropout")
     if q.requires_grad and q.device.type == "cpu":
         raise Skip("flex_attention has no backward on a CPU")
     T = q.shape[0]
@@ -126,6 +132,21 @@ def _liger_layer_norm(problem):
 
 def _gelu(x, bias=None, **_):
     return lambda: F.gelu(x if bias is None else x + bias)
+
+
+def _dropout(x, p, seed, residual=None, **_):
+    if x.requires_grad:
+        raise Skip("drops other places, so that its gradients cannot be compared")
+
+    def run():
+        y = F.dropout(x, p)
+        return y if residual is None else y + residual
+
+    return run
+
+
+def _of_the_definition(y, **inputs):
+    return [dropout_ref(**inputs)]  # F.dropout drops other places
 
 
 def _padded_embedding(
@@ -224,6 +245,7 @@ BASELINES = {
     "attention": peer("padded sdpa", _padded_sdpa, _unpadded),
     "layer_norm": peer("F.layer_norm", _layer_norm),
     "gelu": peer("F.gelu", _gelu),
+    "dropout": peer("F.dropout", _dropout, _of_the_definition),
     "embedding": peer("padded F.embedding", _padded_embedding, _taken),
     "pack": peer("nonzero", _nonzero, _filled),
     "unpack": peer("index_put", _indexed),

@@ -210,17 +210,14 @@ def _autocast(x):
 
 
 def _add_norm(part, linear, h, x, tokens, seeds):
-    """LayerNorm(dropout(linear(h)) + x): the end of an attention and of a feed-forward. Who adds x
-    is whoever can: the product; dropout, if there is one; LayerNorm where x is wider."""
-    residual = None
-    if _drops(part.dropout):
-        h = _product([linear], h, tokens).to(x.dtype)
-        h = _drop(part.dropout, h, tokens, seeds, residual=x)
-    elif _autocast(x):
-        h, residual = _product([linear], h, tokens).to(x.dtype), x
-    else:
-        h = _product([linear], h, tokens, residual=x)
-    norm = part.norm
+    """LayerNorm(dropout(linear(h)) + x): the end of an attention and of a feed-forward. x is added
+    by the product, or by the dropout that follows, or under autocast, where x is wider, by
+    LayerNorm."""
+    drops, wider, norm = _drops(part.dropout), _autocast(x) is not None, part.norm
+    h = _product([linear], h, tokens, residual=None if drops or wider else x)
+    if drops:
+        h = _drop(part.dropout, h, tokens, seeds, residual=None if wider else x)
+    h, residual = (x, h) if wider else (h, None)
     return ops.layer_norm(
         h, norm.weight, norm.bias, residual, norm.eps, num_tokens=tokens.num_tokens
     )

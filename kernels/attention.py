@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .dropout import check_dropout, draw, factor, kept, most, new_seeds, row_keys
+from .dropout import check_dropout, draw, drop_at, factor, hash_rows, most, new_seeds
 from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
 from .spec import Spec
 
@@ -42,13 +42,13 @@ def softmax(scores, causal):
     return p.masked_fill(unseen.all(-1, keepdim=True), 0.0)
 
 
-def drop(p, start_q, dropout_p, seed):
+def drop_probabilities(p, start_q, dropout_p, seed):
     """Dropout of p [n, heads, Lq, Lk], whose n * Lq queries are rows start_q and on."""
     n, heads, Lq, Lk = p.shape
-    rows = torch.arange(start_q, start_q + n * Lq, dtype=torch.int32, device=p.device)
-    head, column = (torch.arange(N, dtype=torch.int32, device=p.device) for N in (heads, Lk))
-    keeps = kept(seed, head[:, None, None], rows.view(n, 1, Lq, 1), column, dropout_p)
-    return torch.where(keeps, p * factor(dropout_p), 0.0)
+    rows = torch.arange(n * Lq * heads, dtype=torch.int32, device=p.device) + start_q * heads
+    rows = rows.view(n, Lq, heads, 1).transpose(1, 2)
+    columns = torch.arange(Lk, dtype=torch.int32, device=p.device)
+    return drop_at(p, seed, rows, columns, dropout_p)
 
 
 def attention_ref(
@@ -65,12 +65,18 @@ def attention_ref(
         scores = torch.einsum("qhd,khd->hqk", q[of_q], k[of_k]) * scale
         p = softmax(scores, causal)
         if dropout_p:
-            p = drop(p[None], int(cu_seqlens[b]), dropout_p, seed)[0]
+            p = drop_probabilities(p[None], int(cu_seqlens[b]), dropout_p, seed)[0]
         o[of_q] = torch.einsum("hqk,khd->qhd", p, v[of_k])
     return o
 
 
 # -- kernels --------------------------------------------------------------------------------
+@triton.jit
+def hash_queries(seed_ptr, queries, h, heads):
+    """As hash_rows of dropout.py: row heads * query + h is that of a query and head h."""
+    return hash_rows(seed_ptr, queries.to(tl.uint32) * heads + h.to(tl.uint32))
+
+
 @triton.jit
 def _attend(
     acc, m, l,  # [BLOCK_M, BLOCK_D], [BLOCK_M], [BLOCK_M]: sum of p v, maximum score, sum of p
@@ -80,7 +86,7 @@ def _attend(
     start_n,  # first key of the tile
     length_k,  # keys of this sequence
     last,  # [BLOCK_M]: last key that a query sees
-    keys, most,  # of the draws of dropout: [BLOCK_M], or None without
+    hashes, most,  # for dropout: [BLOCK_M] of rows, or None without; and the largest draw to keep
     D,
     qk_scale,  # scale * log2(e): exp2 is one instruction, exp is five
     MASKED: tl.constexpr,  # the tile has keys that some query must not see
@@ -107,8 +113,8 @@ def _attend(
     p = tl.exp2(s - m_finite[:, None])
     rescale = tl.exp2(m - m_finite)
     l = l * rescale + tl.sum(p, 1)
-    if keys is not None:
-        p = tl.where(draw(keys[:, None], offs_n[None, :]) <= most, p, 0.0)
+    if hashes is not None:
+        p = tl.where(draw(hashes[:, None], offs_n[None, :]) <= most, p, 0.0)
     if v.dtype == tl.float32:
         # One chain over all keys would err several times as far as a sum of sums. fma, as Triton
         # makes one chain of a dot and an addition.
@@ -159,9 +165,9 @@ def _forward_kernel(
     q_ptr += h.to(tl.int64) * stride_qh
     q = tl.load(q_ptr + rows_m * stride_qt + offs_d[None, :], mask=mask_md, other=0.0)
 
-    keys = None
+    hashes = None
     if seed_ptr is not None:
-        keys = row_keys(seed_ptr, h.to(tl.uint32), (start_q + offs_m).to(tl.uint32))
+        hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)
 
     # Keys below `full` are seen by every query of the tile, keys from `end` on by none.
     if CAUSAL:
@@ -181,12 +187,12 @@ def _forward_kernel(
     for start_n in range(0, full, BLOCK_N):
         acc, m, l = _attend(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
-            keys, most, D, qk_scale, False, PRECISION, BLOCK_N, BLOCK_D,
+            hashes, most, D, qk_scale, False, PRECISION, BLOCK_N, BLOCK_D,
         )
     for start_n in range(full, end, BLOCK_N):
         acc, m, l = _attend(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
-            keys, most, D, qk_scale, True, PRECISION, BLOCK_N, BLOCK_D,
+            hashes, most, D, qk_scale, True, PRECISION, BLOCK_N, BLOCK_D,
         )
 
     o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
@@ -297,7 +303,7 @@ def _plain(
                 for t, start, length in ((q, start_q, Lq), (k, start_k, Lk), (v, start_k, Lk))
             )
             p = softmax(of_q @ of_k.mT * scale, causal)
-            o = drop(p, start_q, dropout_p, seed) @ of_v
+            o = drop_probabilities(p, start_q, dropout_p, seed) @ of_v
             parts.append(o.transpose(1, 2).flatten(0, 1))
             continue
         unmasked = not causal or Lq >= Lk

@@ -22,9 +22,18 @@ from typing import NamedTuple
 import torch
 
 from . import launch
-from .attention import LOG2E, batch_of, check_sequences, drop, runs, softmax, unit_stride
+from .attention import (
+    LOG2E,
+    batch_of,
+    check_sequences,
+    drop_probabilities,
+    hash_queries,
+    runs,
+    softmax,
+    unit_stride,
+)
 from .attention import SPEC as ATTENTION
-from .dropout import check_dropout, draw, factor, most, row_keys
+from .dropout import check_dropout, draw, factor, most
 from .launch import ceil_div, next_power_of_2, show, tl, triton
 from .spec import Spec
 
@@ -91,13 +100,13 @@ def _scores(q, k, start_n, last, qk_scale, PRECISION: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def _of_probabilities(
-    do, v, start_n, keys, most, factor, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
+    do, v, start_n, hashes, most, factor, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """dp [BLOCK_M, BLOCK_N]: gradients of probabilities before dropout, whose keys may be None."""
+    """dp [BLOCK_M, BLOCK_N]: gradients of probabilities before dropout, if there is one."""
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    if keys is not None:
+    if hashes is not None:
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        dp = tl.where(draw(keys[:, None], offs_n[None, :]) <= most, dp * factor, 0.0)
+        dp *= tl.where(draw(hashes[:, None], offs_n[None, :]) <= most, factor, 0.0)
     return dp
 
 
@@ -179,9 +188,9 @@ def _dq_kernel(
         last = offs_m + shift
         end = tl.minimum(start_m + BLOCK_M + shift, length_k)
 
-    keys = None
+    hashes = None
     if seed_ptr is not None:
-        keys = row_keys(seed_ptr, h.to(tl.uint32), (start_q + offs_m).to(tl.uint32))
+        hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # maximum of the scores
     l = tl.zeros([BLOCK_M], tl.float32)  # sum of exp2(score - m)
@@ -190,7 +199,7 @@ def _dq_kernel(
         k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, BLOCK_N, BLOCK_D)
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
-        dp = _of_probabilities(do, v, start_n, keys, most, factor, PRECISION, BLOCK_N)
+        dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
         m_new = tl.maximum(m, tl.max(s, 1))
         # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -208,7 +217,7 @@ def _dq_kernel(
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, BLOCK_N, BLOCK_D)
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
         p = tl.exp2(s - lse[:, None])
-        dp = _of_probabilities(do, v, start_n, keys, most, factor, PRECISION, BLOCK_N)
+        dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
         ds = p * (dp - delta[:, None])
         dq = _add_product(dq, ds.to(k.dtype), k, PRECISION)
 
@@ -285,14 +294,15 @@ def _dkdv_kernel(
         if CAUSAL:
             s = tl.where(offs_n[:, None] <= (offs_m + shift)[None, :], s, float("-inf"))
         p = tl.exp2(s - lse[None, :])
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dropped = p
         if seed_ptr is not None:
-            keys = row_keys(seed_ptr, h.to(tl.uint32), (start_q + offs_m).to(tl.uint32))
-            keeps = draw(keys[None, :], offs_n[:, None]) <= most
-            dropped = tl.where(keeps, p * factor, 0.0)
-            dp = tl.where(keeps, dp * factor, 0.0)
+            hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)
+            kept = tl.where(draw(hashes[None, :], offs_n[:, None]) <= most, factor, 0.0)
+            dropped = p * kept
         dv = _add_product(dv, dropped.to(do.dtype), do, PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if seed_ptr is not None:
+            dp *= kept
         ds = p * (dp - delta[None, :])
         dk = _add_product(dk, ds.to(q.dtype), q, PRECISION)
 
@@ -406,7 +416,7 @@ def _plain(
         p = softmax(q_ @ k_.mT * scale, causal)
         dp, dropped = do_ @ v_.mT, p
         if dropout_p:
-            dp, dropped = (drop(t, start_q, dropout_p, seed) for t in (dp, p))
+            dp, dropped = (drop_probabilities(t, start_q, dropout_p, seed) for t in (dp, p))
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         batch_of(dq, start_q, n, Lq).copy_(ds @ k_)
         batch_of(dk, start_k, n, Lk).copy_(ds.mT @ q_)
@@ -491,7 +501,7 @@ SPEC = Spec(
         {"lengths": (0, 0)},
         {"lengths": (1,), "D": 1},
         {"lengths": (13, 13), "D": 8},
-        {"lengths": (3, 2), "heads": 1, "D": 40, "further": 70},  # rows of no sequence
+        {"lengths": (3, 2), "D": 40, "further": 70},  # rows of no sequence
         {"lengths": (128, 1), "heads": 1, "D": 16},  # their rows in lse adjoin
         {"lengths": (129, 128), "heads": 1, "D": 16},  # the last one ends where lse does
         {"lengths": (9, 33), "D": 80, "heads": 3},

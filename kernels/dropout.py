@@ -1,13 +1,13 @@
 """Dropout, and the sum with a residual that follows it in BERT. No mask is stored.
 
-    y = where(draw <= most, x / (1 - p), 0) + residual
+    y = x * where(draw <= most, 1 / (1 - p), 0) + residual
 
 Shapes     x, residual, y [..., N]. The leading dimensions are M rows, possibly none.
-Draws      Uniform int32, a function of (seed, stream, row, column) alone and the same on every
-           device: a backward draws again what the forward drew. Here the stream is 0. In attention
-           it is the head, the row a query's among all tokens, the column a key's in its sequence.
+Draws      Uniform int32, a function of (seed, row, column) alone and the same on every device: a
+           backward draws again what the forward drew. In attention the row is that of a query and
+           head, the column a key's in its sequence.
 Precision  fp32; y is rounded once, to the dtype of x. p is exact to 2^-32.
-Backward   dx = where(draw <= most, dy / (1 - p), 0), dresidual = dy.
+Backward   dx = dy * where(draw <= most, 1 / (1 - p), 0), dresidual = dy.
 Source     Srivastava et al., Dropout, 2014. `mix` is lowbias32: Wellons, Prospecting for Hash
            Functions, 2018. With Philox, as in tl.rand, attention would take twice as long.
 """
@@ -32,27 +32,31 @@ def _mix_ref(x):
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def kept(seed, stream, rows, columns, p):
-    """Where dropout p keeps a number: bool, in the common shape of stream, rows and columns.
+def kept(seed, rows, columns, p):
+    """Where dropout p keeps a number: bool, in the common shape of rows and columns.
 
-    seed is int64[1], the others int32 or a number. int32 computes as uint32 does, but for >>.
+    seed is int64[1], the others int32, which computes as uint32 does, but for >>.
     """
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
-    keys = _mix_ref(_mix_ref(_mix_ref(_mix_ref(high) + low) + stream) + rows)
-    x = keys + columns
+    hashes = _mix_ref(_mix_ref(_mix_ref(high) + low) + rows)
+    x = hashes + columns
     x ^= x >> 16 & 0xFFFF
     x *= 0x7FEB352D
-    x += keys
+    x += hashes
     x ^= x >> 15 & 0x1FFFF
     x *= 0x846CA68B - 2**32
     return x <= most(p)
 
 
+def drop_at(x, seed, rows, columns, p):
+    """Dropout of x, whose numbers are at rows and columns. What is no number stays none."""
+    return torch.where(kept(seed, rows, columns, p), x * factor(p), x * 0)
+
+
 def _drop(x, p, seed):
     rows = torch.arange(math.prod(x.shape[:-1]), dtype=torch.int32, device=x.device)
     columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-    keeps = kept(seed, 0, rows[:, None], columns, p).view(x.shape)
-    return torch.where(keeps, x * factor(p), 0.0)
+    return drop_at(x, seed, rows.view(*x.shape[:-1], 1), columns, p)
 
 
 def dropout_ref(x, p, seed, residual=None, num_tokens=None):
@@ -72,23 +76,23 @@ def mix(x):
 
 
 @triton.jit
-def row_keys(seed_ptr, stream, rows):
-    """What the draws of rows have in common, for `draw`: uint32, as are stream and rows."""
+def hash_rows(seed_ptr, rows):
+    """uint32, as are rows: what the draws of a row have in common."""
     seed = tl.load(seed_ptr)
-    key = mix(mix((seed >> 32).to(tl.uint32)) + seed.to(tl.uint32))
-    return mix(mix(key + stream) + rows)
+    return mix(mix(mix((seed >> 32).to(tl.uint32)) + seed.to(tl.uint32)) + rows)
 
 
 @triton.jit
-def draw(keys, columns):
-    """int32, uniform: one for each pair of a row's key and a column. `mix`, but for what changes
-    low bits alone; keys come in twice, so that rows whose keys are close do not share draws."""
-    x = keys + columns.to(tl.uint32)
+def draw(hashes, columns):
+    """int32, uniform, for each pair of a row, by its hash, and a column. As `mix`, but for its last
+    step, which changes low bits alone; the hash comes in twice, so that rows whose hashes are close
+    do not share draws."""
+    x = hashes + columns
     x ^= x >> 16
-    x = x * 0x7FEB352D + keys
+    x = x * 0x7FEB352D + hashes
     x ^= x >> 15
     x *= 0x846CA68B
-    return x.to(tl.int32, bitcast=True)
+    return x.to(tl.int32)
 
 
 @triton.jit(
@@ -103,7 +107,6 @@ def _kernel(
     stride_xm, stride_rm,
     N,
     most, factor,
-    ZEROS: tl.constexpr,  # written in rows past num_tokens; else nothing is
     BLOCK_N: tl.constexpr,
 ):
     """Program (m, n) takes block n of row m; both are in one grid axis, the one without a limit."""
@@ -115,13 +118,11 @@ def _kernel(
     y_ptr += row * N + offs_n
     if num_tokens_ptr is not None:
         if row >= tl.load(num_tokens_ptr):
-            if ZEROS:
-                tl.store(y_ptr, tl.zeros([BLOCK_N], tl.float32), mask=mask_n)
             return
     x = tl.load(x_ptr + row * stride_xm + offs_n, mask=mask_n).to(tl.float32)
-    keys = row_keys(seed_ptr, 0, row.to(tl.uint32))
+    hashes = hash_rows(seed_ptr, row.to(tl.uint32))
 
-    y = tl.where(draw(keys, offs_n) <= most, x * factor, 0.0)
+    y = x * tl.where(draw(hashes, offs_n) <= most, factor, 0.0)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + row * stride_rm + offs_n, mask=mask_n)
 
@@ -145,24 +146,15 @@ def _config(N):
     return launch.configuration("dropout", config, N=N)
 
 
-def _launch(y, x, p, seed, residual, num_tokens, zeros):
+def _forward(y, x, p, seed, residual, num_tokens):
     x, stride_xm = launch.rows(x)
     residual, stride_rm = launch.rows(residual)
     M, N = x.shape
     if M * N:
         config = _config(N)
         _kernel[(M * ceil_div(N, config["BLOCK_N"]),)](
-            x, seed, residual, num_tokens, y, stride_xm, stride_rm, N,
-            most(p), factor(p), ZEROS=zeros, **config,
+            x, seed, residual, num_tokens, y, stride_xm, stride_rm, N, most(p), factor(p), **config
         )  # fmt: skip
-
-
-def _forward(y, x, p, seed, residual, num_tokens):
-    _launch(y, x, p, seed, residual, num_tokens, False)
-
-
-def _backward(dx, dy, p, seed, num_tokens):
-    _launch(dx, dy, p, seed, None, num_tokens, True)
 
 
 def _plain(x, p, seed, residual, num_tokens):
@@ -174,24 +166,12 @@ def _plain(x, p, seed, residual, num_tokens):
     return launch.with_room(y.to(x.dtype), M)
 
 
-def _plain_backward(dy, p, seed, num_tokens):
-    wide = torch.promote_types(dy.dtype, torch.float32)
-    (tokens,) = launch.head(num_tokens, dy)
-    return launch.pad_rows(_drop(tokens.to(wide), p, seed).to(dy.dtype), dy.shape[0])
-
-
 # -- registration ---------------------------------------------------------------------------
 _dropout = launch.define(
     "dropout(Tensor x, float p, Tensor seed, Tensor? residual, Tensor? num_tokens) -> Tensor",
     outputs=lambda x, *_: x.new_empty(x.shape),
     launch=_forward,
     plain=_plain,
-)
-_dropout_backward = launch.define(
-    "dropout_backward(Tensor dy, float p, Tensor seed, Tensor? num_tokens) -> Tensor",
-    outputs=lambda dy, *_: dy.new_empty(dy.shape),
-    launch=_backward,
-    plain=_plain_backward,
 )
 
 
@@ -206,12 +186,11 @@ class _Dropout(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         seed, num_tokens = ctx.saved_tensors
-        dx = _dropout_backward(dy, ctx.p, seed, num_tokens)
-        dresidual = dy if ctx.residual else None
-        if ctx.residual and num_tokens is not None:
-            rows = torch.arange(dy.shape[0], device=dy.device)
-            dresidual = dy.where((rows < num_tokens)[:, None], 0.0)
-        return dx, None, None, dresidual, None
+        dx = _dropout(dy, ctx.p, seed, None, num_tokens)
+        if num_tokens is not None:  # others are added to what is past it
+            tokens = (torch.arange(dy.shape[0], device=dy.device) < num_tokens)[:, None]
+            dx, dy = dx.where(tokens, 0.0), dy.where(tokens, 0.0)
+        return dx, None, None, dy if ctx.residual else None, None
 
 
 # -- public op ------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, residual, num_tokens = ctx.saved_tensors
         op = torch.ops.bert_fast.layer_norm_backward.default  # of layer_norm_backward.py
         dx, dweight, dbias = op(dy, x, weight, residual, ctx.eps, num_tokens)
-        return dx, dweight, dbias, None if residual is None else dx, None, None
+        dresidual = None if residual is None else dx.to(residual.dtype)
+        return dx, dweight, dbias, dresidual, None, None
 
 
 # -- public op ------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
 
     x             [..., N], fp32, fp16 or bf16, 1 <= N <= 8192
     weight, bias  [N], one dtype
-    residual      shape and dtype of x; None adds nothing
+    residual      shape of x, fp32, fp16 or bf16; None adds nothing
     eps           added to the variance, so in units of x squared; BERT's by default
     num_tokens    [1] integer on the device of x [T, N]: rows past it are not read, and not
                   written in the result; None takes all rows
@@ -165,8 +166,7 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
     if not weight.shape == bias.shape == (N,) or weight.dtype != bias.dtype:
         got = f"{show(weight)} and {show(bias)}"
         raise ValueError(f"layer_norm: weight and bias must be [{N}] in one dtype, got {got}")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"layer_norm: residual must be {show(x)} like x, got {show(residual)}")
+    check_residual("layer_norm", x, residual)
     launch.check_num_tokens("layer_norm", num_tokens)
     if torch.is_grad_enabled():
         return _LayerNorm.apply(x, weight, bias, residual, eps, num_tokens)
@@ -174,14 +174,25 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
     return _layer_norm(x, weight, bias, residual, eps, num_tokens)
 
 
+def check_residual(op, x, residual):
+    """Raise ValueError unless residual can be added to x."""
+    if residual is not None and (residual.shape != x.shape or residual.dtype not in DTYPES):
+        want = f"{list(x.shape)} like x, fp32, fp16 or bf16"
+        raise ValueError(f"{op}: residual must be {want}, got {show(residual)}")
+
+
 # -- spec -----------------------------------------------------------------------------------
-def _inputs(dtype, device, shape, residual=True, eps=1e-12, weight_dtype=None):
+def _inputs(
+    dtype, device, shape, residual=True, eps=1e-12, weight_dtype=None, residual_dtype=None
+):
     return {
         # |mean| >> std, where a one-pass variance fails
         "x": torch.randn(shape, device=device).to(dtype) + 100,
         "weight": torch.randn(shape[-1], device=device).to(weight_dtype or dtype),
         "bias": torch.randn(shape[-1], device=device).to(weight_dtype or dtype),
-        "residual": torch.randn(shape, device=device).to(dtype) if residual else None,
+        "residual": torch.randn(shape, device=device).to(residual_dtype or dtype)
+        if residual
+        else None,
         "eps": eps,
     }
 
@@ -222,6 +233,7 @@ SPEC = Spec(
         {"shape": (37, 7)},
         {"shape": (3, 64), "eps": 1.0},  # large enough to show
         {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
+        {"shape": (3, 64), "residual_dtype": torch.bfloat16},  # as under autocast
     ),
     fuzz=_fuzz,
     whole={"shape": (8, 1024)},
@@ -236,7 +248,9 @@ SPEC = Spec(
         "x must be [..., 1 to 8192], got float32[2, 8193]": {"x": torch.ones(2, 8193)},
         "x must be fp32, fp16 or bf16, got int64[4, 768]": {"x": torch.ones(4, 768).long()},
         "weight and bias must be [768] in one dtype, got float32[3]": {"weight": torch.ones(3)},
-        "residual must be float32[4, 768]": {"residual": torch.ones(768)},
+        "residual must be [4, 768] like x, fp32, fp16 or bf16, got float32[768]": {
+            "residual": torch.ones(768)
+        },
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },
     packed=("x", "residual"),

@@ -23,7 +23,7 @@ import torch
 
 from . import launch
 from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
-from .layer_norm import MAX_N, fuzz_shape, layer_norm_ref, load_row, normalize, sum_of
+from .layer_norm import MAX_N, check_residual, fuzz_shape, load_row, normalize, sum_of
 from .layer_norm import SPEC as LAYER_NORM
 from .spec import Spec
 
@@ -43,7 +43,7 @@ def layer_norm_backward_ref(dy, x, weight, residual=None, eps=1e-12, num_tokens=
     with torch.enable_grad():
         x, weight = (t.detach().requires_grad_() for t in (x, weight))
         bias = torch.zeros_like(weight).requires_grad_()
-        y = layer_norm_ref(x, weight, bias, residual, eps)
+        y = LAYER_NORM.ref(x, weight, bias, residual, eps)
         return LayerNormGradients(*torch.autograd.grad(y, (x, weight, bias), dy.to(y.dtype)))
 
 
@@ -126,8 +126,8 @@ def _beside(N):
 
 
 def _programs(M, beside, multiprocessors):
-    """The interpreter, which pays for programs, has few, and yet no more than 256 rows in each."""
-    return min(M, max(4, M // 256) if launch.INTERPRET else beside * multiprocessors)
+    """The interpreter, which pays for programs, has few, and yet no more than 64 rows in each."""
+    return min(M, max(4, M // 64) if launch.INTERPRET else beside * multiprocessors)
 
 
 def _config(N):
@@ -159,7 +159,8 @@ def _backward(out, dy, x, weight, residual, eps, num_tokens):
         )
     _sum_kernel[(ceil_div(2 * N, 32),)](
         sums, dweight, dbias, programs, N,
-        BLOCK_M=2 if launch.INTERPRET else 64,  # there, few sums are several tiles
+        # In the interpreter, few sums are several tiles.
+        BLOCK_M=min(next_power_of_2(ceil_div(programs, 2)), 64) if launch.INTERPRET else 64,
         BLOCK_N=32, num_warps=4,
     )  # fmt: skip
 
@@ -199,7 +200,7 @@ def layer_norm_backward(dy, x, weight, residual=None, eps=1e-12, num_tokens=None
     num_tokens  [1] integer on the device of x [T, N]: rows past it are not read, and their
                 gradients are zeros; None takes all rows
 
-    Returns LayerNormGradients: dx [..., N] in the dtype of x, which is that of the residual too;
+    Returns LayerNormGradients: dx [..., N] in the dtype of x, the gradient of the residual too;
     dweight and dbias [N] in the dtype of weight. Not differentiable. Raises ValueError for any
     other shape or dtype.
     """
@@ -208,9 +209,9 @@ def layer_norm_backward(dy, x, weight, residual=None, eps=1e-12, num_tokens=None
         raise ValueError(
             f"layer_norm_backward: x must be fp32, fp16 or bf16 [..., 1 to {MAX_N}], got {show(x)}"
         )
-    for name, t in (("dy", dy), ("residual", residual)):
-        if t is not None and (t.shape != x.shape or t.dtype != x.dtype):
-            raise ValueError(f"layer_norm_backward: {name} must be {show(x)} like x, got {show(t)}")
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        raise ValueError(f"layer_norm_backward: dy must be {show(x)} like x, got {show(dy)}")
+    check_residual("layer_norm_backward", x, residual)
     if weight.shape != (N,):
         raise ValueError(f"layer_norm_backward: weight must be [{N}], got {show(weight)}")
     launch.check_num_tokens("layer_norm_backward", num_tokens)
@@ -280,7 +281,9 @@ SPEC = Spec(
             "x": torch.ones(4, 768).long()
         },
         "dy must be float32[4, 768] like x, got float32[768]": {"dy": torch.ones(768)},
-        "residual must be float32[4, 768] like x, got float32[768]": {"residual": torch.ones(768)},
+        "residual must be [4, 768] like x, fp32, fp16 or bf16, got float32[768]": {
+            "residual": torch.ones(768)
+        },
         "weight must be [768], got float32[3]": {"weight": torch.ones(3)},
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },

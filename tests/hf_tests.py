@@ -175,7 +175,7 @@ def _watch(encoder, calls):
 
     def beside_a_twin(self, inputs, kwargs):
         global compared
-        if torch.compiler.is_compiling() or _is_fake(self):
+        if torch.compiler.is_compiling() or _is_fake(self) or _drops(self):
             return run_on_kernels(self, inputs, kwargs)
         twin, given = _twin(self, inputs)
         output = run_on_kernels(self, inputs, kwargs)
@@ -191,6 +191,13 @@ def _watch(encoder, calls):
 def _is_fake(model):
     return any(
         p.device.type == "meta" or type(p.data) is not torch.Tensor for p in model.parameters()
+    )
+
+
+def _drops(model):
+    """Whether a dropout is active, in which a twin would drop other places."""
+    return any(
+        isinstance(m, torch.nn.Dropout) and m.training and m.p > 0 for m in model.modules()
     )
 
 

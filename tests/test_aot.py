@@ -146,7 +146,8 @@ def test_the_layer_that_is_predicted_is_the_one_that_runs(monkeypatch):
     def of_attention(q, k, v, cu_seqlens, *_, **__):
         return {"lengths": tuple(cu_seqlens.diff().tolist()), "heads": q.shape[1], "D": q.shape[2]}
 
-    def of_layer_norm(x, weight, bias, **_):
+    def of_layer_norm(x, weight, bias, residual, eps, **_):
+        assert residual is None
         return {"shape": tuple(x.shape), "residual": False}
 
     record("linear", of_product)
@@ -156,7 +157,8 @@ def test_the_layer_that_is_predicted_is_the_one_that_runs(monkeypatch):
     model = bert_fast.accelerate(stock_model(**sizes))
     tokens = encoder.Tokens(None, B, S, torch.device("cpu"))
     x = torch.randn(B * S, hidden)
-    encoder.layer_forward(model.architecture, model.encoder.layer[0], x, tokens, causal=False)
+    layer = model.encoder.layer[0]
+    encoder.layer_forward(model.architecture, layer, x, tokens, iter(()), causal=False)
     assert called == [(op, case) for _, op, case in forward.layer(hidden, heads, B, S)]
 
 

@@ -461,7 +461,9 @@ def test_every_contender_of_an_op_gives_what_the_definition_gives(spec, backward
     )
     assert {row["status"] for row in found.values()} <= {"ok", "skipped"}, found
     assert all(row["error"]["max"] < 1e-3 for row in found.values() if row["status"] == "ok")
-    names = {"definition", "ours", BASELINES[spec.name].name}
+    names = {"definition", "ours"}
+    if not (backward and spec.name == "dropout"):  # F.dropout's are of other places
+        names.add(BASELINES[spec.name].name)
     assert all(found[name]["status"] == "ok" for name in names)
 
 

@@ -79,13 +79,19 @@ def test_gradients_of_linear(activation, dtype):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(
     "case",
-    [{"lengths": (3, 3, 17)}, {"lengths": ()}, {"lengths": (3,), "lengths_k": (0,)}],
+    [
+        {"lengths": (3, 3, 17)},
+        {"lengths": (3, 3, 17), "dropout_p": 0.5},
+        {"lengths": ()},
+        {"lengths": (3,), "lengths_k": (0,)},
+    ],
     ids=str,
 )
 def test_attention(case, dtype):
     inputs = ATTENTION.inputs(dtype, "cpu", **case)
     order = ("q", "k", "v", "cu_seqlens", "cu_seqlens_k", "max_seqlen", "max_seqlen_k", "causal")
-    args = [inputs.get(name) for name in order] + [0.125]
+    args = [inputs.get(name) for name in order]
+    args += [0.125, inputs["dropout_p"], inputs["seed"]]
     if case["lengths"] == (3, 3, 17):
         o = products_of(attention_file._plain, *args)
     else:

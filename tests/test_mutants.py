@@ -20,7 +20,7 @@ from examine import of_rows_past_num_tokens
 from mutants import OPERATORS, Verdict, campaign, mutants_of, problems, sample, verdict
 
 EVERY = [m for s in SPECS for m in mutants_of(s)]
-SAMPLE = 40
+SAMPLE = 30
 
 
 def one(op, text):
