@@ -119,7 +119,7 @@ def _kernel(
     if num_tokens_ptr is not None:
         if row >= tl.load(num_tokens_ptr):
             return
-    x = tl.load(x_ptr + row * stride_xm + offs_n, mask=mask_n).to(tl.float32)
+    x = tl.load(x_ptr + row * stride_xm + offs_n, mask=mask_n)
     hashes = hash_rows(seed_ptr, row.to(tl.uint32))
 
     y = x * tl.where(draw(hashes, offs_n) <= most, factor, 0.0)
