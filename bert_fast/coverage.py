@@ -127,8 +127,9 @@ def reason_of_model(model):
         into = torch.get_autocast_dtype(device.type)
         if dtype is not torch.float32 or into not in (torch.float16, torch.bfloat16):
             return f"torch.autocast from {dtype} to {into}"
-        if model._modules.get(model.architecture.project or "") is not None:
-            return f"torch.autocast with {model.architecture.project}"
+        project = model.architecture.project
+        if project and project in model._modules:
+            return f"torch.autocast with {project}"
     if torch.jit.is_tracing():
         return "torch.jit tracing"
     if is_transformed():

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .dropout import check_dropout, draw, drop_at, factor, hash_rows, most, new_seeds
+from .dropout import check_dropout, draw, factor, hash_rows, most, new_seeds, scales_at
 from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
 from .spec import Spec
 
@@ -42,13 +42,14 @@ def softmax(scores, causal):
     return p.masked_fill(unseen.all(-1, keepdim=True), 0.0)
 
 
-def drop_probabilities(p, start_q, dropout_p, seed):
-    """Dropout of p [n, heads, Lq, Lk], whose n * Lq queries are rows start_q and on."""
+def scales_of(p, start_q, dropout_p, seed):
+    """What dropout multiplies p [n, heads, Lq, Lk] with, whose n * Lq queries are rows start_q and
+    on: like p, in fp32 or wider."""
     n, heads, Lq, Lk = p.shape
     rows = torch.arange(n * Lq * heads, dtype=torch.int32, device=p.device) + start_q * heads
     rows = rows.view(n, Lq, heads, 1).transpose(1, 2)
     columns = torch.arange(Lk, dtype=torch.int32, device=p.device)
-    return drop_at(p, seed, rows, columns, dropout_p)
+    return scales_at(seed, rows, columns, dropout_p, p.dtype)
 
 
 def attention_ref(
@@ -65,7 +66,7 @@ def attention_ref(
         scores = torch.einsum("qhd,khd->hqk", q[of_q], k[of_k]) * scale
         p = softmax(scores, causal)
         if dropout_p:
-            p = drop_probabilities(p[None], int(cu_seqlens[b]), dropout_p, seed)[0]
+            p = (p * scales_of(p[None], int(cu_seqlens[b]), dropout_p, seed)[0]).to(p.dtype)
         o[of_q] = torch.einsum("hqk,khd->qhd", p, v[of_k])
     return o
 
@@ -303,7 +304,7 @@ def _plain(
                 for t, start, length in ((q, start_q, Lq), (k, start_k, Lk), (v, start_k, Lk))
             )
             p = softmax(of_q @ of_k.mT * scale, causal)
-            o = drop_probabilities(p, start_q, dropout_p, seed) @ of_v
+            o = (p * scales_of(p, start_q, dropout_p, seed)) @ of_v
             parts.append(o.transpose(1, 2).flatten(0, 1))
             continue
         unmasked = not causal or Lq >= Lk

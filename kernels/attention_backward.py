@@ -2,8 +2,8 @@
 
     p = softmax(scale * q k^T)          the probabilities, computed again
     dp = dropout(do v^T)                the same places as in the forward
-    ds = p * (dp - delta)               delta = sum(p * dp) over the keys of a query
-    dq = scale * ds k                   dk = scale * ds^T q               dv = dropout(p)^T do
+    ds = scale * p * (dp - delta)       delta = sum(p * dp) over the keys of a query
+    dq = ds k                           dk = ds^T q                       dv = dropout(p)^T do
 
 Shapes     do, q, dq [T, heads, D]; k, v, dk, dv [Tk, heads, D]; D <= 256. Sequences as in
            attention. Rows of no sequence get zeros.
@@ -26,9 +26,9 @@ from .attention import (
     LOG2E,
     batch_of,
     check_sequences,
-    drop_probabilities,
     hash_queries,
     runs,
+    scales_of,
     softmax,
     unit_stride,
 )
@@ -218,7 +218,7 @@ def _dq_kernel(
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
         p = tl.exp2(s - lse[:, None])
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
-        ds = p * (dp - delta[:, None])
+        ds = p * (dp - delta[:, None]) * scale
         dq = _add_product(dq, ds.to(k.dtype), k, PRECISION)
 
     offsets = h * rows + _first_row(b, start_q) + offs_m
@@ -227,7 +227,7 @@ def _dq_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_m < length_q)[:, None] & (offs_d < D)[None, :]
     dq_ptr += (start_q + offs_m)[:, None] * (heads * D) + h * D
-    tl.store(dq_ptr + offs_d[None, :], dq * scale, mask=mask)
+    tl.store(dq_ptr + offs_d[None, :], dq, mask=mask)
 
 
 @triton.jit(
@@ -303,13 +303,13 @@ def _dkdv_kernel(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if seed_ptr is not None:
             dp *= kept
-        ds = p * (dp - delta[None, :])
+        ds = p * (dp - delta[None, :]) * scale
         dk = _add_product(dk, ds.to(q.dtype), q, PRECISION)
 
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_n < length_k)[:, None] & (offs_d < D)[None, :]
     offsets = (start_k + offs_n)[:, None] * (heads * D) + h * D + offs_d[None, :]
-    tl.store(dk_ptr + offsets, dk * scale, mask=mask)
+    tl.store(dk_ptr + offsets, dk, mask=mask)
     tl.store(dv_ptr + offsets, dv, mask=mask)
 
 
@@ -416,7 +416,8 @@ def _plain(
         p = softmax(q_ @ k_.mT * scale, causal)
         dp, dropped = do_ @ v_.mT, p
         if dropout_p:
-            dp, dropped = (drop_probabilities(t, start_q, dropout_p, seed) for t in (dp, p))
+            scales = scales_of(p, start_q, dropout_p, seed)
+            dp, dropped = dp * scales, p * scales
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         batch_of(dq, start_q, n, Lq).copy_(ds @ k_)
         batch_of(dk, start_k, n, Lk).copy_(ds.mT @ q_)

@@ -48,19 +48,20 @@ def kept(seed, rows, columns, p):
     return x <= most(p)
 
 
-def drop_at(x, seed, rows, columns, p):
-    """Dropout of x, whose numbers are at rows and columns. What is no number stays none."""
-    return torch.where(kept(seed, rows, columns, p), x * factor(p), x * 0)
+def scales_at(seed, rows, columns, p, dtype):
+    """What dropout multiplies numbers of dtype with at rows and columns: in fp32 or wider."""
+    return kept(seed, rows, columns, p).to(torch.promote_types(dtype, torch.float32)) * factor(p)
 
 
 def _drop(x, p, seed):
+    """Dropout of x, in fp32 or wider."""
     rows = torch.arange(math.prod(x.shape[:-1]), dtype=torch.int32, device=x.device)
     columns = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
-    return drop_at(x, seed, rows.view(*x.shape[:-1], 1), columns, p)
+    return x * scales_at(seed, rows.view(*x.shape[:-1], 1), columns, p, x.dtype)
 
 
 def dropout_ref(x, p, seed, residual=None, num_tokens=None):
-    y = _drop(x, p, seed)
+    y = _drop(x, p, seed).to(x.dtype)
     return y if residual is None else y + residual
 
 
@@ -158,9 +159,9 @@ def _forward(y, x, p, seed, residual, num_tokens):
 
 
 def _plain(x, p, seed, residual, num_tokens):
-    M, wide = x.shape[0], torch.promote_types(x.dtype, torch.float32)
+    M = x.shape[0]
     tokens, residual = launch.head(num_tokens, x, residual)
-    y = _drop(tokens.to(wide), p, seed)
+    y = _drop(tokens, p, seed)
     if residual is not None:
         y += residual
     return launch.with_room(y.to(x.dtype), M)

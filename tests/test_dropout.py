@@ -68,12 +68,16 @@ def test_the_test_of_independence_finds_what_is_not():
         assert_independent(here, torch.where(one_in_a_hundred, here, drawn(2)))
 
 
+def rng_state(device):
+    return torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+
+
 def test_seeds_follow_torchs_generator(device):
     torch.manual_seed(0)
     first = list(new_seeds(3, device))
-    state = torch.get_rng_state()
+    state = rng_state(device)
     new_seeds(3, device)  # draws nothing yet
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(device), state)
     torch.manual_seed(0)
     assert all(map(torch.equal, first, new_seeds(3, device)))
     assert len({int(seed) for seed in first}) == 3
@@ -190,10 +194,10 @@ def test_each_module_drops_as_it_is_set(part, device, same_draws):
 
 def test_evaluation_draws_nothing(device):
     fast = bert_fast.accelerate(stock_model(device=device))
-    state = torch.get_rng_state()
+    state = rng_state(device)
     one, other = (fast(ids_of(device)).last_hidden_state for _ in range(2))
     assert torch.equal(one, other)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(device), state)
 
 
 def test_each_call_draws_anew_and_the_generators_seed_repeats_it(device):

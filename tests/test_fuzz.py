@@ -78,7 +78,7 @@ def test_a_bug_in_a_kernel_is_found_and_shrunk():
     }  # fmt: skip
 
 
-FOUND = (  # by long runs: faults of the judge, but for the last
+FOUND = (  # by long runs: faults of the judge, and of the last the op's
     {"op": "attention", "case": {"lengths": [16, 5], "D": 200},
      "dtype": "float32", "layout": "contiguous", "magnitude": "outliers",
      "poison": "none", "seed": 1613293050},
@@ -97,6 +97,10 @@ FOUND = (  # by long runs: faults of the judge, but for the last
     {"op": "attention_backward", "case": {"lengths": [1], "lengths_k": [2], "scale": 0.0},
      "dtype": "float16", "layout": "contiguous", "magnitude": "spread",
      "poison": "none", "seed": 0},
+    {"op": "attention_backward",
+     "case": {"lengths": [0, 1, 1, 1], "D": 1, "lengths_k": [16, 64, 1, 2]},
+     "dtype": "float16", "layout": "contiguous", "magnitude": "spread",
+     "poison": "none", "seed": 1651010136},
     {"op": "attention", "case": {"lengths": [1], "dropout_p": 1.0},
      "dtype": "float32", "layout": "contiguous", "magnitude": "plain",
      "poison": "nan", "seed": 0},
