@@ -44,7 +44,7 @@ TESTS = tuple(
     f"tests/test_{name}.py"
     for name in (
         "ops", "attention", "linear", "modeling", "waits", "graphs", "swap", "architectures",
-        "decoder", "attention_interface", "dropout", "autocast",
+        "decoder", "attention_interface", "dropout", "autocast", "checkpointing",
     )
 )  # fmt: skip
 OPS = tuple(spec.name for spec in SPECS if not spec.gradient)

@@ -74,6 +74,9 @@ def neighbours(config, fixed):
     for name, value in config.items():
         if name in fixed:
             continue
+        if name in launch.FLAGS:
+            yield {**config, name: 1 - value}
+            continue
         steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
         limit = {"num_stages": 6, "num_warps": 16}.get(name, 4096)
         yield from ({**config, name: v} for v in steps if 1 <= v <= limit)

@@ -12,6 +12,7 @@ from torch.nn.modules import module as nn_module
 from transformers.activations import ACT2FN
 
 from .architectures import ARCHITECTURES, at
+from .encoder import asks_for_gradients, checkpoints
 from .kernels import missing
 from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
@@ -93,6 +94,8 @@ def _reason_of_cache(model, inputs):
     """The kernels fill a new cache. To attend to what is in one already is left to stock."""
     if caches(model, inputs) and torch.compiler.is_compiling():
         return "use_cache in a decoder under torch.compile"
+    if caches(model, inputs) and any(map(checkpoints, layers_of(model))):
+        return "use_cache with gradient checkpointing"
     cache = inputs.past_key_values
     if cache is None:
         return None
@@ -134,9 +137,8 @@ def reason_of_model(model):
         return "torch.jit tracing"
     if is_transformed():
         return "torch.func or forward-mode AD"
-    layers = model.architecture.layers(model)
-    if model.training and any(m.__dict__.get("gradient_checkpointing") for m in layers):
-        return "gradient checkpointing"
+    if torch.compiler.is_compiling() and any(map(checkpoints, layers_of(model))):
+        return "gradient checkpointing under torch.compile"
     if torch.compiler.is_dynamo_compiling():  # it runs hooks, or breaks the graph for them
         return _first_reason(model, dtype, device, hooks=False)
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
@@ -238,7 +240,7 @@ def _reason_of_module(module, dtype, device_index, hooks):
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
     ):
-        if not all(_is_recorder(h) for name in HOOKS for h in state[name].values()):
+        if not all(_is_harmless(h) for name in HOOKS for h in state[name].values()):
             return "hooks, which the kernels would not run"
     for p in state["_parameters"].values():
         if p is None:
@@ -260,7 +262,9 @@ def _name(module):
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _is_recorder(hook):
+def _is_harmless(hook):
     """Whether a hook is transformers' own output recorder, which sleeps until outputs are asked
-    for."""
-    return output_capturing is not None and hook.__module__ == output_capturing.__name__
+    for; or what it puts on word embeddings for gradient checkpointing, which `embed` knows."""
+    if output_capturing is not None and hook.__module__ == output_capturing.__name__:
+        return True
+    return asks_for_gradients(hook)

@@ -104,10 +104,20 @@ def embed(model, inputs, tokens, seeds):
         padding_idx=parts.word.padding_idx,
         num_tokens=tokens.num_tokens,
     )
+    if any(map(asks_for_gradients, parts.word._forward_hooks.values())):
+        if torch.is_grad_enabled() and not x.requires_grad:
+            x.requires_grad_()
     if _drops(parts.dropout):
         x = _drop(parts.dropout, x, tokens, seeds)
     project = architecture.project and model._modules.get(architecture.project)
     return _product([project], x, tokens) if project else x
+
+
+def asks_for_gradients(hook):
+    """Whether a hook is what transformers puts on word embeddings for gradient checkpointing: what
+    comes out of them requires gradients, also where they are frozen."""
+    name = getattr(hook, "__name__", "")
+    return name == "make_inputs_require_grads" and hook.__module__.startswith("transformers.")
 
 
 class _FrozenRow(torch.autograd.Function):
@@ -145,6 +155,32 @@ def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, ca
     part = find(layer, architecture.feed_forward)
     h = _product([part.up], x, tokens, "gelu")
     return _add_norm(part, part.down, h, x, tokens, seeds)
+
+
+def checkpoints(layer):
+    """Whether gradient checkpointing is on for a layer, as transformers notes it there."""
+    on = layer.__dict__.get("gradient_checkpointing", False)
+    return on and layer.training and torch.is_grad_enabled()
+
+
+def checkpointed(architecture, layer, x, tokens, seeds, causal, memory=None):
+    """layer_forward, of which nothing is kept for the backward but x, where it runs once more, on
+    the same seeds: by the function that transformers has put on the layer."""
+    drawn = []
+
+    def run(x, states):
+        there = memory and memory._replace(states=states)
+        return layer_forward(architecture, layer, x, tokens, _again(drawn, seeds), causal, there)
+
+    return layer._gradient_checkpointing_func(run, x, memory and memory.states)
+
+
+def _again(drawn, seeds):
+    """Those drawn before, then others, which are drawn then."""
+    yield from tuple(drawn)
+    for seed in seeds:
+        drawn.append(seed)
+        yield seed
 
 
 def _attend(part, x, tokens, seeds, causal, cache, index):

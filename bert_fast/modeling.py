@@ -20,7 +20,7 @@ from transformers.utils import TransformersKwargs
 
 from .architectures import BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA, at
 from .coverage import asked, caches, decodes, reason_of_call, reason_of_model
-from .encoder import Memory, Tokens, embed, layer_forward
+from .encoder import Memory, Tokens, checkpointed, checkpoints, embed, layer_forward
 from .graphs import bucket_of, graphs_of
 from .inputs import Inputs, check
 from .kernels.dropout import new_seeds
@@ -144,6 +144,9 @@ class _Encoder:
         for index, layer in enumerate(layers):
             if wanted:
                 states.append(tokens.unpack(x))
+            if checkpoints(layer):  # then there is no cache, see coverage.py
+                x = checkpointed(architecture, layer, x, tokens, seeds, causal, memory)
+                continue
             x = layer_forward(architecture, layer, x, tokens, seeds, causal, memory, cache, index)
         return tokens.unpack(x), states, cache
 

@@ -16,6 +16,9 @@ accesses    of the bytes that a launch's global accesses move, 90 % go 128 bits 
             on AMD after a tl.dot: four neighbours lie in a thread of its matrix cores, and the
             backend prefers such stores to a trip through shared memory. A launch that moves less
             than BULK is free: there the width saves less time than it takes to start a kernel.
+
+Of variants of a configuration (Spec.variants) the first three are checked and nothing is predicted:
+roofline.py knows no loop that holds another one's beginning and end.
 """
 
 import importlib
@@ -36,6 +39,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from judge import varied
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -137,22 +141,31 @@ def kernels_without_spec(specs=SPECS):
 
 # -- rows -----------------------------------------------------------------------------------
 def rows(spec, archs, dtypes):
-    """A row for each launch of each benchmark case: a dict, as in the JSON file."""
-    known = {}
-    for name, case in itertools.product(dtypes, spec.bench):
+    """A row for each launch of each benchmark case, and of its variants: a dict, as in the JSON
+    file."""
+    known, usual = {}, set()  # kernels, and those of no variant
+    for name, variant, case in itertools.product(dtypes, ({}, *spec.variants), spec.bench):
         dtype = DTYPES[name]
         flops, moved = spec.cost(dtype.itemsize, **case)
-        for arch, launches in compile_all(spec, case, dtype, archs).items():
+        label = " ".join([spec.label(case), *(f"{k}={v}" for k, v in variant.items())])
+        with varied(variant):
+            compiled = compile_all(spec, case, dtype, archs)
+        for arch, launches in compiled.items():
+            hashes = {launch.kernel.hash for launch in launches}
+            if variant and hashes <= usual:
+                continue  # it is none on this architecture
+            usual |= set() if variant else hashes
             for launch in launches:
                 if launch.kernel.hash not in known:
                     known[launch.kernel.hash] = analyse(launch.kernel, TARGETS[arch])
             found = [known[launch.kernel.hash] for launch in launches]
             for launch, resources, share in zip(launches, found, _shares(launches, found)):
                 yield launch_row(
-                    {"op": spec.name, "case": spec.label(case), "dtype": name},
+                    {"op": spec.name, "case": label, "dtype": name},
                     arch, resources, launch.programs,
                     flops if resources.dots or len(launches) == 1 else 0,
-                    round(moved * share),
+                    0 if variant else round(moved * share),
+                    predicted=not variant,
                 )  # fmt: skip
 
 
@@ -181,7 +194,7 @@ def _shares(launches, resources):
     return [n / sum(moves) for n in moves]
 
 
-def launch_row(labels, arch, resources, programs, flops, moved):
+def launch_row(labels, arch, resources, programs, flops, moved, predicted=True):
     target = TARGETS[arch]
     accesses = accesses_of(resources, trips_of(resources, programs, flops, moved))
     row = {
@@ -197,7 +210,7 @@ def launch_row(labels, arch, resources, programs, flops, moved):
         "predicted": {
             name: predict(resources, gpu, programs, flops, moved)
             for name, gpu in GPUS.items()
-            if gpu.arch == arch
+            if gpu.arch == arch and predicted
         },
     }
     return row | {"over": budget(row)}
@@ -305,7 +318,7 @@ def prediction_table(rows, dtype):
         grid.add_column(heading, justify="right", no_wrap=True)
     cases = defaultdict(list)
     for row in rows:
-        if row["dtype"] == dtype:
+        if row["dtype"] == dtype and row["predicted"]:
             cases[row["case"]].append(row)
     for case, of in cases.items():
         first = [row for row in of if row["arch"] == of[0]["arch"]]

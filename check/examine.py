@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from judge import LAYOUTS, Judge, further_rows, is_float, laid_out
+from judge import LAYOUTS, Judge, further_rows, is_float, laid_out, varied
 from sanitizer import Sanitizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -65,16 +65,25 @@ def call(spec, inputs, hidden=(), **options):
 
 def faults(spec):
     """What is wrong with spec, in words, one after the other."""
-    for case, dtype, layout in plan(spec):
-        yield from of_case(spec, case, dtype, layout)
-    for case in (*spec.cases[:2], *_empty(spec)) if spec.packed else ():
-        yield from of_rows_past_num_tokens(spec, case)
-        yield from of_more_tokens_than_rows(spec, case)
+    yield from _faults_of(spec, plan(spec))
+    for variant in spec.variants:
+        of_variant = [(c, DTYPES[i % 3], "contiguous") for i, c in enumerate(spec.cases)]
+        with varied(variant):
+            for fault in _faults_of(spec, of_variant):
+                yield f"{fault}, {variant}"
     yield from of_infinity(spec, spec.cases[0])
     yield from of_traps(spec)
     for case in spec.huge:
         yield from of_size(spec, case)
     yield from of_strides(spec, spec.cases[0])
+
+
+def _faults_of(spec, planned):
+    for case, dtype, layout in planned:
+        yield from of_case(spec, case, dtype, layout)
+    for case in (*spec.cases[:2], *_empty(spec)) if spec.packed else ():
+        yield from of_rows_past_num_tokens(spec, case)
+        yield from of_more_tokens_than_rows(spec, case)
 
 
 def examine(spec):

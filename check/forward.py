@@ -77,7 +77,7 @@ def seconds(op, case, gpu, dtype, known):
     """Of one call; known keeps what was compiled."""
     key = op, repr(case)
     if key not in known:
-        rows = aot.rows(replace(OPS[op], bench=(case,)), [GPUS[gpu].arch], [dtype])
+        rows = aot.rows(replace(OPS[op], bench=(case,), variants=()), [GPUS[gpu].arch], [dtype])
         known[key] = sum(row["predicted"][gpu]["seconds"] for row in rows)
     return known[key]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from judge import LAYOUTS, Judge, further_rows, is_float, is_packed, laid_out
+from judge import LAYOUTS, Judge, further_rows, is_float, is_packed, laid_out, varied
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -82,7 +82,7 @@ def draw(spec, rng):
         "magnitude": rng.choice(list(MAGNITUDES)) if rng.random() < 0.5 else "plain",
         "poison": rng.choice(POISONS),
         "seed": rng.randrange(2**31),
-    }
+    } | ({"variant": rng.choice(({}, *spec.variants))} if spec.variants else {})
 
 
 def _values(case):
@@ -119,9 +119,10 @@ def run(drawn):
     inputs = inputs_of(spec, drawn)
     judge = Judge(spec, inputs, BY_NAME[drawn["dtype"]])
     rows = drawn["poison"] == "rows" and is_packed(spec, inputs)
+    variant = varied(drawn.get("variant", {}))
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
-        with torch.no_grad(), np.errstate(all="ignore"), warnings.catch_warnings():
+        with torch.no_grad(), np.errstate(all="ignore"), warnings.catch_warnings(), variant:
             warnings.simplefilter("ignore")  # numpy's, of NaN and infinity
             result = spec.fn(**further_rows(spec, inputs) if rows else inputs)
             written = spec.fn(**further_rows(spec, inputs, fill=0)) if rows else None
@@ -166,6 +167,8 @@ def _simpler(drawn):
     ):  # fmt: skip
         if drawn[key] != value:
             yield {**drawn, key: value}
+    if "variant" in drawn:
+        yield {k: v for k, v in drawn.items() if k != "variant"}
     case = drawn["case"]
     for key in case:
         without = {k: v for k, v in case.items() if k != key}

@@ -13,9 +13,12 @@ promised where that one overflows.
 """
 
 import inspect
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from bert_fast.kernels import launch
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -151,6 +154,19 @@ class Judge:
 
 def _tensors(result):
     return list(result) if isinstance(result, tuple) else [result]
+
+
+# -- variants -------------------------------------------------------------------------------
+def varied(variant):
+    """Launches inside have `variant`, numbers of a configuration, where it has such numbers: what a
+    tuned table may say, where that takes other code."""
+    original = launch.configuration
+
+    def configuration(op, default, fixed=(), rows=None, **key):
+        config = original(op, default, fixed, rows, **key)
+        return config | {name: n for name, n in variant.items() if name in config}
+
+    return patch.object(launch, "configuration", configuration)
 
 
 # -- layouts --------------------------------------------------------------------------------

@@ -590,6 +590,15 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"linear\._forward_kernel condition: if REST:  ->  if True:": (
         "a step that is past K altogether adds products of zeros"
     ),
+    r"linear\._persistent_kernel name: tl\.cdiv\(N, BLOCK_N\)  ->  .*BLOCK_[MK]\)": (
+        "in the interpreter's tile these are less: tiles past N too, where nothing is stored"
+    ),
+    r"linear\._persistent_kernel name: tl\.cdiv\(rows, BLOCK_M\)  ->  .*BLOCK_K\)": (
+        "in the interpreter's tile they are equal"
+    ),
+    r"linear\._persistent_kernel flag: tl\.range\(.*flatten=True\)  ->  .*": (
+        "how loops are scheduled changes no number"
+    ),
     # pointwise
     r"pointwise\.gelu_exp2 number: -0\.00040682035 \* a  ->  -0\.000407.*": _DIGITS,
     r"pointwise\.gelu_exp2 number: .* \* a \+ 0\.0066143439  ->  .* 0\.00662.*": _DIGITS,

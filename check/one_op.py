@@ -140,10 +140,11 @@ def report(spec):
     if done.returncode and not over:
         over = ((done.stdout + done.stderr).strip().splitlines() or ["no report"])[-1:]
     told = Counter()  # of all launches of the last case
+    last = next((r["case"] for r in reversed(rows) if r["predicted"]), "")
     for r in rows:
-        if r["dtype"] == "bfloat16" and r["case"] == rows[-1]["case"]:
+        if r["dtype"] == "bfloat16" and r["case"] == last:
             told.update({gpu: t["seconds"] * 1e6 for gpu, t in r["predicted"].items()})
     times = ", ".join(f"{us:.1f} us on {gpu}" for gpu, us in told.items())
-    case = f"; {rows[-1]['case']} in bf16: {times}" if rows else ""
+    case = f"; {last} in bf16: {times}" if rows else ""
     said = f"{len(rows)} launches for {', '.join(GATED)}{case}"
     return Line("compiled", not over, said, tuple(over[:5]))

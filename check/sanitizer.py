@@ -16,7 +16,7 @@ What is found
                     in another tensor; `unmasked` where the access had no mask at all
     overflow        the same, after a 32-bit sum or product of that program passed 2^31
     unwritten       a load of memory from torch.empty before anything was stored there, or of what
-                    was hidden (`hide`)
+                    was hidden (`hide`); not by a tensor descriptor, which loads whole tiles
     two writers     two programs, or two lanes of one store, store to one element
     race            a program loads what another one of the launch stores
 What is not: values, so a mask that is too narrow shows in the tests alone; races within a program;
@@ -134,6 +134,7 @@ class Sanitizer:
         self._arguments = []  # of the present launch, by region
         self._begun = self._program = 0  # the launch's first program and the present one
         self._overflow = None  # (file, line) of the present program's first
+        self._loads_tile = False  # in a load of a tensor descriptor
 
     @property
     def findings(self):
@@ -146,6 +147,7 @@ class Sanitizer:
             (interpreter.GridExecutor, "__call__", self._watched_launch),
             (InterpreterBuilder, "create_load", self._watched_load),
             (InterpreterBuilder, "create_masked_load", self._watched_masked_load),
+            (InterpreterBuilder, "create_descriptor_load", self._watched_descriptor_load),
             (InterpreterBuilder, "create_store", self._watched_store),
             (InterpreterBuilder, "create_masked_store", self._watched_masked_store),
             (InterpreterBuilder, "create_atomic_rmw", self._watched_atomic),
@@ -297,7 +299,7 @@ class Sanitizer:
         if (shadow := argument.shadow) is None:
             return
         at = elements + argument.first
-        if not (good := shadow.written[at]).all():
+        if not (good := shadow.written[at]).all() and not self._loads_tile:
             self._found("unwritten", argument, f"loads {argument.place(elements[~good][0])}")
         other = (shadow.writer[at] >= self._begun) & (shadow.writer[at] != self._program)
         if other.any():
@@ -339,19 +341,31 @@ class Sanitizer:
 
     def _watched_load(self, original):
         def create_load(builder, ptr, *rest):
-            return self._load(builder, ptr, None, None, rest)
+            return self._load(builder, ptr, None, None, rest, {})
 
         return create_load
 
     def _watched_masked_load(self, original):
         self._load_really = original
 
-        def create_masked_load(builder, ptr, mask, other, *rest):
-            return self._load(builder, ptr, mask, other, rest)
+        def create_masked_load(builder, ptr, mask, other, *rest, **options):
+            return self._load(builder, ptr, mask, other, rest, options)
 
         return create_masked_load
 
-    def _load(self, builder, ptr, mask, other, rest):
+    def _watched_descriptor_load(self, original):
+        """A descriptor loads whole tiles: what it loads need not be written."""
+
+        def create_descriptor_load(builder, *args):
+            self._loads_tile = True
+            try:
+                return original(builder, *args)
+            finally:
+                self._loads_tile = False
+
+        return create_descriptor_load
+
+    def _load(self, builder, ptr, mask, other, rest, options):
         dtype = ptr.get_element_ty()
         if other is None:  # masked lanes are undefined on a GPU: make them so
             other = TensorHandle(_filled(ptr.data.shape, dtype, np.nan, 0x5A), dtype)
@@ -365,7 +379,8 @@ class Sanitizer:
             ones = _filled(ptr.data.shape, dtype, 1, 1)
             return TensorHandle(np.where(good, ones, other.data), dtype)
         real = TensorHandle(self._real(argument, ptr.data), ptr.dtype)
-        return self._load_really(builder, real, TensorHandle(good, tl.int1), other, *rest)
+        good = TensorHandle(good, tl.int1)
+        return self._load_really(builder, real, good, other, *rest, **options)
 
     def _watched_store(self, original):
         def create_store(builder, ptr, value, *rest):

@@ -25,8 +25,9 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows: the CPU implementations remain
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
 
 HAS_TRITON = not isinstance(triton, _Absent)
 INTERPRET = HAS_TRITON and bool(triton.knobs.runtime.interpret)
@@ -198,6 +199,7 @@ def pad_rows(t, M):
 
 # -- configurations -------------------------------------------------------------------------
 TABLES = Path(__file__).with_name("tuned")  # a file for each GPU, written by `python bench tune`
+FLAGS = {"PERSISTENT"}  # numbers of a configuration that are 0 or 1
 OF_A_BATCH = {"T", "Tk", "M", "B", "S", "tokens", "rows", "programs", "max_seqlen"}
 
 
@@ -277,9 +279,13 @@ def read_table(path, gpu):
         }
         for (op, key), config in table.items():
             for name, value in config.items():
-                power = name == "num_stages" or (type(value) is int and value & (value - 1) == 0)
-                if type(value) is not int or value < 1 or not power:
-                    raise ValueError(f"{op}, {key}, {name}: must be a power of two, got {value!r}")
+                if name in FLAGS:
+                    good, want = value in (0, 1), "0 or 1"
+                else:
+                    power = name == "num_stages" or (type(value) is int and not value & (value - 1))
+                    good, want = power and value >= 1, "a power of two"
+                if type(value) is not int or not good:
+                    raise ValueError(f"{op}, {key}, {name}: must be {want}, got {value!r}")
         return table
     except KeyError as error:
         _warn(f"{path}: {error} is missing")

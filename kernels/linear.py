@@ -21,7 +21,9 @@ Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over r
            Products of torch in the dtype of x, dz rounded to it. Where act is GELU, z is computed
            again instead of kept: one more product, a third of the largest activation less.
 Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The kernel is the plain
-           tiled product: a program for each tile of y, its K loop pipelined by the compiler.
+           tiled product: a program for each tile of y, its K loop pipelined by the compiler. Where
+           a table says so, its persistent form: a program for each place on the GPU, which takes
+           tile after tile by way of tensor descriptors.
 """
 
 import functools
@@ -33,7 +35,7 @@ from torch.nn import functional as F
 
 from . import launch
 from .gelu import act_of, gelu_ref
-from .launch import DTYPES, ceil_div, show, tl, triton
+from .launch import DTYPES, TensorDescriptor, ceil_div, show, tl, triton
 from .pointwise import gelu_erf
 from .spec import Spec
 
@@ -70,7 +72,7 @@ def _accumulate(
 
 
 @triton.jit
-def _finish(
+def _finish_half(
     y,  # [BLOCK_M, BLOCK_N]: x W^T in fp32
     bias_ptr, residual_ptr, y_ptr, stride_rt,
     start_m, start_n,
@@ -78,7 +80,7 @@ def _finish(
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """All that follows the product, of the part of y that starts at (start_m, start_n)."""
+    """All that follows the product, of half a tile of y, which starts at (start_m, start_n)."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -92,6 +94,28 @@ def _finish(
         residual_ptrs = residual_ptr + rows_m * stride_rt + offs_n[None, :]
         y += tl.load(residual_ptrs, mask=mask)
     tl.store(y_ptr + rows_m * N + offs_n[None, :], y, mask=mask)
+
+
+@triton.jit
+def _finish(
+    y,  # [BLOCK_M, BLOCK_N]: x W^T in fp32
+    bias_ptr, residual_ptr, y_ptr, stride_rt,
+    start_m, start_n,
+    rows, N,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """All that follows the product, of the tile of y that starts at (start_m, start_n)."""
+    # In halves: all of residual at once would take the registers of a second program beside this.
+    left, right = y.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    _finish_half(
+        left, bias_ptr, residual_ptr, y_ptr, stride_rt,
+        start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N // 2,
+    )
+    _finish_half(
+        right, bias_ptr, residual_ptr, y_ptr, stride_rt,
+        start_m, start_n + BLOCK_N // 2, rows, N, ACT, BLOCK_M, BLOCK_N // 2,
+    )
 
 
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
@@ -135,17 +159,42 @@ def _forward_kernel(
     if REST:
         acc = _accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
 
-    # In halves: all of residual at once would take the registers of a second program beside this.
-    HALF_N: tl.constexpr = BLOCK_N // 2
-    left, right = acc.reshape(BLOCK_M, 2, HALF_N).permute(0, 2, 1).split()
     _finish(
-        left, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n, rows, N, ACT, BLOCK_M, HALF_N,
+        acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
+        start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N,
     )
-    _finish(
-        right, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n + HALF_N, rows, N, ACT, BLOCK_M, HALF_N,
-    )
+
+
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _persistent_kernel(
+    x,  # descriptor of [T, K] in tiles of [BLOCK_M, BLOCK_K]
+    weight,  # descriptor of [N, K] in tiles of [BLOCK_N, BLOCK_K]
+    bias_ptr, residual_ptr, num_tokens_ptr, y_ptr,  # as above
+    stride_rt,
+    T, N, K,
+    ACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Program n takes tiles n, n + programs, ... of y, in the order above. Loads of the next one
+    are under way while this one is finished. Past the ends of x and weight descriptors load zeros;
+    rows that they load past num_tokens are not stored."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    rows = T
+    if num_tokens_ptr is not None:
+        rows = tl.minimum(tl.load(num_tokens_ptr), T)
+    tiles = tl.cdiv(rows, BLOCK_M) * blocks_n
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        start_m = tile // blocks_n * BLOCK_M
+        start_n = tile % blocks_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start_k in range(0, K, BLOCK_K):
+            of_x, of_weight = x.load([start_m, start_k]), weight.load([start_n, start_k])
+            acc = tl.dot(of_x, of_weight.T, acc, input_precision=PRECISION)
+        _finish(
+            acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
+            start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N,
+        )
 
 
 # -- launchers ------------------------------------------------------------------------------
@@ -209,9 +258,29 @@ def _tile(T, N, itemsize, precision, arch, multiprocessors):
 def _config(T, N, K, itemsize, precision, arch, multiprocessors):
     """The tile, or what was measured."""
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
-    config = dict(zip(names, _tile(T, N, itemsize, precision, arch, multiprocessors)))
+    tile = zip(names, _tile(T, N, itemsize, precision, arch, multiprocessors))
+    config = {"PERSISTENT": 0, **dict(tile)}  # 1 where a table says so: not measured yet
     key = {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
     return launch.configuration("linear", config, rows=T, **key)
+
+
+def _describable(arch, exact, *rows):
+    """Whether the GPU has tensor descriptors, and they can be of each (t [.., K], stride of rows).
+    Exact products of fp32 spill in this form."""
+    has = isinstance(arch, int) and arch >= 90 and not exact
+    return (has or launch.INTERPRET) and all(
+        t.data_ptr() % 16 == 0 and stride * t.itemsize % 16 == 0 and t.shape[1] > 0
+        for t, stride in rows
+    )
+
+
+def _places(arch, multiprocessors, itemsize, BLOCK_M, BLOCK_N, BLOCK_K, num_stages, **_):
+    """How many persistent programs a GPU holds; in the interpreter so few that each has several
+    tiles."""
+    if launch.INTERPRET:
+        return 2
+    shared = num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * itemsize
+    return multiprocessors * min(max((SHARED.get(arch, 99) << 10) // shared, 1), 2)
 
 
 def _forward(y, x, weight, bias, activation, residual, num_tokens):
@@ -222,15 +291,25 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     precision = launch.precision(x)
     gpu = launch.arch(), launch.multiprocessors()
     config = _config(T, N, K, x.itemsize, precision, *gpu)
+    persistent = config["PERSISTENT"]
+    config = {name: value for name, value in config.items() if name != "PERSISTENT"}
     # The error of 16 bits' own form is less than rounding; next to a residual that cancels, more.
     form = act_of(x.dtype) if residual is None else gelu_erf
-    programs = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
-    if programs:
-        _forward_kernel[(programs,)](
-            x, weight, None if bias is None else bias.contiguous(), residual, num_tokens, y,
-            stride_xt, stride_wn, stride_rt, T, N, K,
-            ACT=form if activation else None, PRECISION=precision,
-            REST=K % config["BLOCK_K"] != 0, **config,
+    shared = {"ACT": form if activation else None, "PRECISION": precision, **config}
+    bias = None if bias is None else bias.contiguous()
+    tiles = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
+    exact = is_exact(x.itemsize, precision)
+    if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (weight, stride_wn)):
+        M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+        _persistent_kernel[(min(tiles, _places(*gpu, x.itemsize, **config)),)](
+            TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
+            TensorDescriptor(weight, (N, K), (stride_wn, 1), (N_, K_)),
+            bias, residual, num_tokens, y, stride_rt, T, N, K, **shared,
+        )  # fmt: skip
+    elif tiles:
+        _forward_kernel[(tiles,)](
+            x, weight, bias, residual, num_tokens, y,
+            stride_xt, stride_wn, stride_rt, T, N, K, REST=K % config["BLOCK_K"] != 0, **shared,
         )
 
 
@@ -418,8 +497,8 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
     bias        [N], dtype of x; None adds nothing
     activation  None, or "gelu": the exact-erf form
     residual    [T, N], dtype of x, added last; None adds nothing
-    num_tokens  [1] integer on the device of x: rows past it are not read, and not written in the
-                result; None takes all rows
+    num_tokens  [1] integer on the device of x: rows past it have no part in the result, and are not
+                written there; None takes all rows
 
     Returns [T, N] in the dtype of x, contiguous. Differentiable once, in x, weight, bias and
     residual. Rows may lie any even distance apart; an input laid out otherwise is copied first.
@@ -535,5 +614,6 @@ SPEC = Spec(
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },
     packed=("x", "residual"),
+    variants=({"PERSISTENT": 1},),
     rounds_backward=True,
 )

@@ -22,6 +22,7 @@ class Spec:
     packed: tuple[str, ...] = ()  # inputs with a row for each token: past num_tokens never read
     rounds_inside: bool = False  # judged against the definition in the same dtype, not in fp32
     gradient: bool = False  # of another op, as whose backward it is timed
+    variants: tuple[Mapping, ...] = ()  # of a configuration, that take other code
     rounds_backward: bool = False  # gradients are products of rounded numbers: the same, and an ulp
 
     @property

@@ -519,6 +519,15 @@ def test_a_gain_within_the_noise_changes_nothing():
     assert {entry["status"] for entry in record} == {"default", "slower"}
 
 
+def test_a_flag_is_turned_and_a_number_doubled_and_halved():
+    config = {"PERSISTENT": 0, "BLOCK_N": 64, "num_warps": 16, "num_stages": 1}
+    changes = [dict(c.items() - config.items()) for c in tune.neighbours(config, ())]
+    assert changes == [
+        {"PERSISTENT": 1}, {"BLOCK_N": 32}, {"BLOCK_N": 128}, {"num_warps": 8}, {"num_stages": 2},
+    ]  # fmt: skip
+    assert list(tune.neighbours({"PERSISTENT": 1}, ())) == [{"PERSISTENT": 0}]
+
+
 def test_fixed_numbers_and_time_bound_the_climb():
     seen = []
     tune.climb(DEFAULT, ("BLOCK_N",), lambda c: seen.append(c) or 1.0, deadline=1e9)
@@ -848,6 +857,8 @@ def of_toy(**config):
         ('{"schema": 1, "gpu": "NVIDIA Toy", "configurations": 3}', "no attribute 'items'"),
         (of_toy(BLOCK_N=96), "toy, N=768, BLOCK_N: must be a power of two, got 96"),
         (of_toy(BLOCK_N=64.0), "toy, N=768, BLOCK_N: must be a power of two, got 64.0"),
+        (of_toy(PERSISTENT=2), "toy, N=768, PERSISTENT: must be 0 or 1, got 2"),
+        (of_toy(PERSISTENT=True), "toy, N=768, PERSISTENT: must be 0 or 1, got True"),
         (of_toy(BLOCK_M=8), "toy, N=768: must have BLOCK_N, num_warps, got BLOCK_M"),
     ],
 )

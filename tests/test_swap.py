@@ -62,13 +62,6 @@ def custom_attention(model):
     model.config._attn_implementation = "test_identity"
 
 
-def checkpointing(model):
-    for m in model.modules():
-        if isinstance(m, torch.nn.Dropout):
-            m.p = 0.0
-    model.train().gradient_checkpointing_enable()
-
-
 class OwnEmbeddings(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -119,7 +112,6 @@ MODELS = {
     "attn_implementation test_identity": ({}, custom_attention),
     "transformers.activations.": ({"hidden_act": "gelu_new"}, None),
     "torch.nn.modules.activation.ReLU": ({"hidden_act": "relu"}, None),
-    "gradient checkpointing": ({}, checkpointing),
     "heads of 320": ({"hidden_size": 320, "num_attention_heads": 1}, None),
     "embeddings.word_embeddings: torch.nn.modules.container.Sequential": ({}, own_words),
     "embeddings: test_swap.OwnEmbeddings": ({}, own_embeddings),
