@@ -7,6 +7,7 @@ classes in modeling.py.
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,10 +50,15 @@ class FeedForward(NamedTuple):
 def at(module, path):
     """What `module` has at a dotted path: by way of _modules, which is five times as fast as
     getattr, for the hundred paths of a forward."""
-    for name in path.split("."):
+    for name in _names(path):
         child = module._modules.get(name)
         module = getattr(module, name) if child is None else child
     return module
+
+
+@functools.cache
+def _names(path):
+    return path.split(".")
 
 
 def find(module, paths):

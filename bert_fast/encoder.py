@@ -228,15 +228,25 @@ def _products(x, tokens, core, *linears):
 def _product(linears, x, tokens, activation=None, residual=None):
     """The product of x [T, K] with the rows of all Linears, and what `linear` does to it. Under
     autocast it is in its dtype, like the products of stock."""
-    bias = as_one(*(m.bias for m in linears))
+    bias = _one_of(linears, "bias")
     dtype = _autocast(x)
     if dtype is None and tokens.num_tokens is None:
         if (packed := prepacked(linears, x)) is not None:
             return prepacked_linear(x, packed, bias, activation, residual)
-    weight = as_one(*(m.weight for m in linears))
+    weight = _one_of(linears, "weight")
     if dtype is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     return ops.linear(x, weight, bias, activation, residual, num_tokens=tokens.num_tokens)
+
+
+def _one_of(linears, name):
+    """Their parameters of a name as one: by way of _parameters, as in `at`, which replicas of
+    DataParallel do without."""
+    parts = []
+    for m in linears:
+        p = m._parameters.get(name)
+        parts.append(getattr(m, name) if p is None else p)
+    return parts[0] if len(parts) == 1 else as_one(*parts)
 
 
 def _autocast(x):
@@ -302,10 +312,8 @@ def as_one(*parts):
     The first call moves the parameters into one storage, in which they stay rows of one tensor: the
     same parameters under the same names, no memory more, and never out of date whoever writes to
     them. Where they cannot be moved (shared with other processes, views of someone's buffer,
-    torch.compile), they are concatenated at every call. One alone is as it is.
+    torch.compile), they are concatenated at every call.
     """
-    if len(parts) == 1:
-        return parts[0]
     if torch.compiler.is_compiling():
         return torch.cat(parts)
     if not _adjacent(parts):

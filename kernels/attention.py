@@ -243,7 +243,8 @@ def _forward(
     blocks = ceil_div(max_seqlen, config["BLOCK_M"])
     programs = blocks * heads * (len(cu_seqlens) - 1)
     if programs:
-        _forward_kernel[(programs,)](
+        launch.start(
+            _forward_kernel, programs,
             q, k, v, cu_seqlens, cu_seqlens_k, seed, o,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             heads, D, blocks, scale * LOG2E, most(dropout_p), factor(dropout_p),
@@ -362,8 +363,7 @@ def check_sequences(op, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen_k):
         raise ValueError(f"{op}: cu_seqlens_k and max_seqlen_k go together, got {got}")
     for name, t, T in (("k", k, k.shape[0]), ("v", v, k.shape[0])):
         if t.shape != (T, *q.shape[1:]) or t.dtype != q.dtype:
-            dtype = str(q.dtype).removeprefix("torch.")
-            want = f"{dtype}[{T}, {q.shape[1]}, {q.shape[2]}]"
+            want = f"{show(q.dtype)}[{T}, {q.shape[1]}, {q.shape[2]}]"
             raise ValueError(f"{op}: {name} must be {want} like q, got {show(t)}")
     if cu_seqlens_k is None and k.shape[0] != q.shape[0]:
         raise ValueError(f"{op}: k must have the rows of q, {q.shape[0]}, got {show(k)}")

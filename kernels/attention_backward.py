@@ -391,13 +391,15 @@ def _backward(
     of_q, of_k = _configs(D, q.itemsize, launch.arch())
     blocks = max(ceil_div(max_seqlen, of_q["BLOCK_M"]), 1)
     if T * heads:
-        _dq_kernel[(blocks * heads * (B + 1),)](
+        launch.start(
+            _dq_kernel, blocks * heads * (B + 1),
             do, q, k, v, cu_seqlens, cu_seqlens_k, seed, dq, lse, delta, *strides,
             T, B, rows, heads, D, blocks, *scales, **form, **of_q,
         )
     blocks = max(ceil_div(max_seqlen_k, of_k["BLOCK_N"]), 1)
     if Tk * heads:
-        _dkdv_kernel[(blocks * heads * (B + 1),)](
+        launch.start(
+            _dkdv_kernel, blocks * heads * (B + 1),
             do, q, k, v, lse, delta, cu_seqlens, cu_seqlens_k, seed, dk, dv, *strides,
             Tk, B, rows, heads, D, blocks, *scales, **form, **of_k,
         )

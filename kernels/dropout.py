@@ -153,7 +153,8 @@ def _forward(y, x, p, seed, residual, num_tokens):
     M, N = x.shape
     if M * N:
         config = _config(N)
-        _kernel[(M * ceil_div(N, config["BLOCK_N"]),)](
+        launch.start(
+            _kernel, M * ceil_div(N, config["BLOCK_N"]),
             x, seed, residual, num_tokens, y, stride_xm, stride_rm, N, most(p), factor(p), **config
         )  # fmt: skip
 

@@ -113,7 +113,8 @@ def _forward(
     )
     S = (embeds if ids is None else ids).shape[1]
     if len(y):
-        _forward_kernel[(len(y),)](
+        launch.start(
+            _forward_kernel, len(y),
             ids, embeds, types, positions, row_index, num_tokens, word.contiguous(),
             position.contiguous(), token_type.contiguous(), weight.contiguous(), bias.contiguous(),
             y, S, len(word), len(position), len(token_type), y.shape[1], eps,

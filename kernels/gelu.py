@@ -81,7 +81,8 @@ def _forward(y, x, bias, num_tokens):
     M, N = x.shape
     if M * N:
         config = _config(N)
-        _forward_kernel[(M * ceil_div(N, config["BLOCK_N"]),)](
+        launch.start(
+            _forward_kernel, M * ceil_div(N, config["BLOCK_N"]),
             x, None if bias is None else bias.contiguous(), num_tokens, y, stride_xm, N,
             ACT=act_of(x.dtype), **config,
         )

@@ -92,7 +92,8 @@ def _forward(y, x, weight, bias, residual, eps, num_tokens):
     residual, stride_rm = launch.rows(residual)
     M, N = x.shape
     if M:
-        _forward_kernel[(M,)](
+        launch.start(
+            _forward_kernel, M,
             x, weight.contiguous(), bias.contiguous(), residual, num_tokens, y,
             stride_xm, stride_rm, N, eps, **row_config(N),
         )

@@ -152,12 +152,14 @@ def _backward(out, dy, x, weight, residual, eps, num_tokens):
     programs = _programs(M, form["BESIDE"], launch.multiprocessors())
     sums = x.new_empty(programs, 2, N, dtype=torch.float32)
     if M:
-        _backward_kernel[(programs,)](
+        launch.start(
+            _backward_kernel, programs,
             dy, x, weight.contiguous(), residual, num_tokens, dx, sums,
             stride_dym, stride_xm, stride_rm, M, N, eps,
             STAGES=form["STAGES"], BLOCK_N=form["BLOCK_N"], num_warps=form["num_warps"],
         )
-    _sum_kernel[(ceil_div(2 * N, 32),)](
+    launch.start(
+        _sum_kernel, ceil_div(2 * N, 32),
         sums, dweight, dbias, programs, N,
         # In the interpreter, few sums are several tiles.
         BLOCK_M=min(next_power_of_2(ceil_div(programs, 2)), 64) if launch.INTERPRET else 64,

@@ -307,7 +307,8 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
             bias, residual, num_tokens, y, stride_rt, T, N, K, **shared,
         )  # fmt: skip
     elif tiles:
-        _forward_kernel[(tiles,)](
+        launch.start(
+            _forward_kernel, tiles,
             x, weight, bias, residual, num_tokens, y,
             stride_xt, stride_wn, stride_rt, T, N, K, REST=K % config["BLOCK_K"] != 0, **shared,
         )
@@ -425,7 +426,7 @@ def _matmul(a, b):
 
 
 def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
-    T = len(x)
+    T = x.shape[0]
     dy, x = launch.head(num_tokens, dy, x)
     dz = dy
     if activation:
@@ -471,9 +472,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, num_tokens = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, needs_residual, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _linear_backward(
-            dy, x, weight, bias, ctx.activation, num_tokens, needs_x, needs_weight
-        )
+        args = (dy, x, weight, bias, ctx.activation, num_tokens, needs_x, needs_weight)
+        # As an op where it must not see autocast, nor torch.compile its shapes.
+        is_op = num_tokens is not None or torch.is_autocast_enabled(x.device.type)
+        dx, dweight, dbias = _linear_backward(*args) if is_op else _plain_backward(*args)
         dresidual = None
         if needs_residual:
             dresidual = dy
@@ -508,14 +510,16 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
         raise ValueError(f'linear: activation must be None or "gelu", got {activation!r}')
     if x.ndim != 2 or x.dtype not in DTYPES:
         raise ValueError(f"linear: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
-    dtype = str(x.dtype).removeprefix("torch.")
-    if weight.ndim != 2 or weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
-        raise ValueError(f"linear: weight must be {dtype}[N, {x.shape[1]}], got {show(weight)}")
+    (T, K), dtype = x.shape, x.dtype
+    if weight.ndim != 2 or weight.shape[1] != K or weight.dtype != dtype:
+        want = f"{show(dtype)}[N, {K}]"
+        raise ValueError(f"linear: weight must be {want}, got {show(weight)}")
     N = weight.shape[0]
-    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
-        raise ValueError(f"linear: bias must be {dtype}[{N}] like weight, got {show(bias)}")
-    if residual is not None and (residual.shape != (x.shape[0], N) or residual.dtype != x.dtype):
-        want = f"{dtype}[{x.shape[0]}, {N}]"
+    if bias is not None and (bias.shape != (N,) or bias.dtype != dtype):
+        want = f"{show(dtype)}[{N}]"
+        raise ValueError(f"linear: bias must be {want} like weight, got {show(bias)}")
+    if residual is not None and (residual.shape != (T, N) or residual.dtype != dtype):
+        want = f"{show(dtype)}[{T}, {N}]"
         raise ValueError(f"linear: residual must be {want} like the result, got {show(residual)}")
     launch.check_num_tokens("linear", num_tokens)
     if torch.is_grad_enabled():

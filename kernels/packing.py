@@ -142,8 +142,9 @@ def _pack(packing, attention_mask):
         return
     count = torch.empty(B, dtype=torch.int32, device=mask.device)
     config = {"BLOCK_S": BLOCK_S, "num_warps": 4}
-    _count_kernel[(B,)](mask, count, mask.stride(0), mask.stride(1), S, **config)
-    _index_kernel[(B,)](
+    launch.start(_count_kernel, B, mask, count, mask.stride(0), mask.stride(1), S, **config)
+    launch.start(
+        _index_kernel, B,
         mask, count, row_index, packed_row, cu_seqlens, mask.stride(0), mask.stride(1), S, **config
     )
 
@@ -165,7 +166,8 @@ def _unpack(y, x, packed_row):
     N = x.shape[1]
     if y.numel():
         BLOCK_N = min(next_power_of_2(N), 1024)
-        _unpack_kernel[(packed_row.numel(),)](
+        launch.start(
+            _unpack_kernel, packed_row.numel(),
             x, packed_row.contiguous(), y, x.stride(0), N,
             BLOCK_N=BLOCK_N, num_warps=launch.warps(BLOCK_N),
         )

@@ -1,0 +1,126 @@
+"""launch.start takes the compiled kernel that Triton would, with the same arguments."""
+
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+pytest.importorskip("triton")  # macOS, Windows
+
+import triton
+
+from bert_fast.kernels import SPECS, launch, linear
+from bert_fast.kernels.launch import DTYPES, INTERPRET
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
+
+from aot import Driver, OnKernels
+from judge import LAYOUTS, laid_out
+from roofline import TARGETS
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter has no compiled kernels")
+
+
+class ForTests(Driver):
+    def get_current_device(self):
+        return 9000  # whose kernels no other test has compiled
+
+
+class Compiled:
+    """In place of a compiled kernel: it knows what Triton compiled it for, and notes launches."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, key, launches):
+        self.key, self.launches = key, launches
+
+    def launch_metadata(self, grid, stream, *args):
+        return None
+
+    def run(self, *args):
+        where, call, args = args[:4], args[4:7], args[9:]
+        assert call == (self.function, self.packed_metadata, None)
+        said = [
+            (a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args
+        ]
+        self.launches.append((self.key, where, said))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launches in place of a GPU: (Triton's key of the kernel, grid and stream, arguments)."""
+    launches = []
+
+    def compile(self, key, signature, device, *args, **kwargs):
+        kernel = self.device_caches[device][0][key] = Compiled(key, launches)
+        return kernel
+
+    monkeypatch.setattr(triton.JITFunction, "_do_compile", compile)
+    monkeypatch.setattr(triton.runtime.driver, "_active", ForTests(TARGETS["sm_90"].triton))
+    monkeypatch.setattr(launch, "_gpus", lambda: False)  # no table of the GPU that is here
+    monkeypatch.setattr(launch, "_compiled", {})
+    with OnKernels(), torch.no_grad():
+        yield launches
+    for module in list(sys.modules.values()):
+        for kernel in vars(module).values() if module.__name__.startswith("bert_fast.") else ():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.pop(9000, None)
+
+
+def left_to_triton(self, *args, run=launch._run, **kwargs):
+    return run(self, *args, **kwargs)
+
+
+def begun_late(t, i):
+    """Its first element is at an address that is no multiple of 16."""
+    return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+@patch.dict(LAYOUTS, begun_late=begun_late)
+def test_the_kernel_and_its_arguments_are_those_of_triton(spec, launches):
+    seen = 0
+    for dtype in DTYPES:
+        for n, case in enumerate(spec.cases):
+            for layout in LAYOUTS if n < 2 else ["contiguous"]:
+                torch.manual_seed(0)
+                inputs = laid_out(spec.inputs(dtype, "cpu", **case), layout)
+                launches.clear()
+                with patch.object(triton.JITFunction, "run", left_to_triton):
+                    spec.fn(**inputs)
+                wanted = launches.copy()
+                for _ in range(2):  # as new, and as known
+                    launches.clear()
+                    spec.fn(**inputs)
+                    assert launches == wanted, (case, dtype, layout)
+                seen += len(wanted)
+    assert seen > 15
+
+
+def test_rows_of_any_number_are_one_entry_and_integers_of_others_are_several(launches):
+    weight = torch.ones(32, 64)
+    for rows in (1, 5, 16, 17, 64):
+        linear(torch.ones(rows, 64), weight)
+    assert len(launch._compiled) == 1
+    linear(torch.ones(5, 80)[:, :64], weight)
+    assert len(launch._compiled) == 2
+
+
+def test_what_is_launched_without_end_is_not_kept_without_end(launches):
+    launch._compiled.update(dict.fromkeys(range(10000)))
+    linear(torch.ones(3, 64), torch.ones(32, 64))
+    assert len(launch._compiled) == 1
+
+
+def test_hooks_of_a_profiler_see_every_launch(launches, monkeypatch):
+    """Proton puts them there."""
+    runtime = triton.knobs.runtime
+    monkeypatch.setattr(runtime, "launch_enter_hook", "enter")
+    monkeypatch.setattr(runtime, "launch_exit_hook", "exit")
+    given = []
+    monkeypatch.setattr(Compiled, "run", lambda self, *args: given.append(args[7:9]))
+    for _ in range(2):
+        linear(torch.ones(3, 64), torch.ones(32, 64))
+    assert given == [("enter", "exit")] * 2
