@@ -287,34 +287,16 @@ def _keep(cache, index, k, v, tokens):
 _moving = threading.Lock()
 
 
-class _AsOne(torch.autograd.Function):
-    """`stacked`, which parts are the rows of: gradients go to the parts."""
-
-    @staticmethod
-    def forward(ctx, stacked, *parts):
-        ctx.parts, ctx.versions = parts, [p._version for p in parts]
-        return stacked.view_as(stacked)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # Autograd sees what is written to `stacked`, not to its parts.
-        if ctx.versions != [p._version for p in ctx.parts]:
-            raise RuntimeError(
-                "one of query, key and value has been modified by an inplace operation between"
-                " forward and backward; call backward first"
-            )
-        return None, *grad.split([len(p) for p in ctx.parts])
-
-
 def as_one(*parts):
     """The parameters parts [N, ...] as one tensor [len(parts) * N, ...], with no copy if possible.
 
     The first call moves the parameters into one storage, in which they stay rows of one tensor: the
     same parameters under the same names, no memory more, and never out of date whoever writes to
     them. Where they cannot be moved (shared with other processes, views of someone's buffer,
-    torch.compile), they are concatenated at every call.
+    torch.compile), or gradients are to reach them, they are concatenated at every call.
     """
-    if torch.compiler.is_compiling():
+    wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parts)
+    if wants_gradients or torch.compiler.is_compiling():
         return torch.cat(parts)
     if not _adjacent(parts):
         with _moving:  # another thread may have moved them meanwhile
@@ -326,10 +308,7 @@ def as_one(*parts):
                 for p, row in zip(parts, rows):
                     p.data = row
     first = parts[0].detach()
-    stacked = first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
-    if torch.is_grad_enabled() and any(p.requires_grad for p in parts):
-        return _AsOne.apply(stacked, *parts)
-    return stacked
+    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
 
 
 def _adjacent(parts):

@@ -2,8 +2,8 @@
 
 A stub takes the place of the GPU's driver: models on the CPU run through the kernels' launchers and
 Triton, which compiles for sm_90 and then launches nothing. So what is timed is the model's code,
-PyTorch's dispatch and Triton's, and no GPU; the driver itself takes one to two microseconds more for
-each launch. Times are of this thread on its core, not of the clock.
+PyTorch's dispatch and Triton's, and no GPU; the driver itself takes one to two microseconds more
+for each launch. Times are of this thread on its core, not of the clock.
 """
 
 import time

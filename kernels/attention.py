@@ -20,12 +20,11 @@ import itertools
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
 from .dropout import check_dropout, draw, factor, hash_rows, most, new_seeds, scales_at
-from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
+from .launch import DTYPES, ceil_div, next_power_of_2, once_differentiable, show, tl, triton
 from .spec import Spec
 
 MAX_D = 256

@@ -15,10 +15,9 @@ Source     Srivastava et al., Dropout, 2014. `mix` is lowbias32: Wellons, Prospe
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import launch
-from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
+from .launch import DTYPES, ceil_div, next_power_of_2, once_differentiable, show, tl, triton
 from .layer_norm import fuzz_shape
 from .spec import Spec
 

@@ -16,11 +16,10 @@ Source     Devlin et al., BERT, 2018, section 3, figure 2.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, show, tl, triton
+from .launch import DTYPES, once_differentiable, show, tl, triton
 from .layer_norm import MAX_N, layer_norm_ref, load_row, normalize, plain_layer_norm, row_config
 from .layer_norm_backward import layer_norm_backward
 from .spec import Spec

@@ -15,11 +15,10 @@ Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, section 2. This
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
+from .launch import DTYPES, ceil_div, next_power_of_2, once_differentiable, show, tl, triton
 from .layer_norm import fuzz_shape
 from .pointwise import gelu_erf, gelu_exp2
 from .spec import Spec

@@ -175,6 +175,17 @@ def _without_autocast(name, device):
     LIB.impl(name, call, f"Autocast{device.upper()}")
 
 
+def once_differentiable(backward):
+    """torch.autograd.function.once_differentiable, which makes a second derivative an error; where
+    nobody asks for one it takes 8 us, and is passed over."""
+    checked = torch.autograd.function.once_differentiable(backward)
+
+    def once(ctx, *grads):
+        return checked(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return once
+
+
 def head(num_tokens, *tensors):
     """The first num_tokens rows of each tensor (or None); all of them if num_tokens is None."""
     if num_tokens is None:

@@ -13,11 +13,10 @@ Source     Ba, Kiros, Hinton, Layer Normalization, 2016.
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, next_power_of_2, show, tl, triton
+from .launch import DTYPES, next_power_of_2, once_differentiable, show, tl, triton
 from .spec import Spec
 
 MAX_N = 8192  # a program holds its whole row in registers

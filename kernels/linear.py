@@ -30,12 +30,11 @@ import functools
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from . import launch
 from .gelu import act_of, gelu_ref
-from .launch import DTYPES, TensorDescriptor, ceil_div, show, tl, triton
+from .launch import DTYPES, TensorDescriptor, ceil_div, once_differentiable, show, tl, triton
 from .pointwise import gelu_erf
 from .spec import Spec
 

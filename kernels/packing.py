@@ -16,10 +16,9 @@ Everything stays on the device: T is never asked for, so nothing waits for the G
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import launch
-from .launch import DTYPES, next_power_of_2, show, tl, triton
+from .launch import DTYPES, next_power_of_2, once_differentiable, show, tl, triton
 from .spec import Spec
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from models import (
+    FEW,
     HALVES,
     HEADS,
     B,
@@ -64,7 +65,7 @@ def test_outliers_as_trained_models_have_them_cost_no_precision(dtype, device):
 
 
 def test_position_ids_token_types_and_inputs_embeds_are_honoured(device):
-    stock = stock_model(device=device)
+    stock = stock_model(device=device, **FEW)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
     embeds = torch.randn(B, S, 64, generator=torch.manual_seed(2)).to(device)
     mask = masks(device)["holes"]
@@ -103,7 +104,7 @@ def test_padding_of_nan_changes_no_bit(device):
 @torch.no_grad()
 def test_the_bits_of_a_sequence_do_not_depend_on_its_batch(device, dtype):
     """In batches of any size and length, in any order; on a GPU 1,000,000 times."""
-    model = bert_fast.accelerate(stock_model(device=device, dtype=dtype))
+    model = bert_fast.accelerate(stock_model(device=device, dtype=dtype, **FEW))
     N, rounds = (6, 3) if INTERPRET else (1000, 500)
     generator = torch.manual_seed(0)
     lengths = torch.randint(1, 41, (N,), generator=generator)
@@ -122,7 +123,7 @@ def test_the_bits_of_a_sequence_do_not_depend_on_its_batch(device, dtype):
 
 
 def test_gradients_reach_inputs_embeds(device):
-    stock = stock_model(device=device).requires_grad_(False)
+    stock = stock_model(device=device, **FEW).requires_grad_(False)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
     mask = masks(device)["left"]
     grads = []
@@ -135,7 +136,7 @@ def test_gradients_reach_inputs_embeds(device):
 
 
 def test_a_second_derivative_is_an_error(device):
-    fast = bert_fast.accelerate(stock_model(device=device))
+    fast = bert_fast.accelerate(stock_model(device=device, **FEW))
     weight = fast.encoder.layer[0].output.dense.weight
     loss = fast(ids_of(device))[0][..., :9].square().sum()
     (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
@@ -159,7 +160,7 @@ def test_hidden_states_and_tuples_are_those_of_stock(device):
 
 
 def test_a_decoder_without_cache_attends_causally(device):
-    stock = stock_model("BertLMHeadModel", device, is_decoder=True)
+    stock = stock_model("BertLMHeadModel", device, is_decoder=True, **FEW)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
     for kind in ("none", "right", "left", "holes"):
         mask = masks(device)[kind]
@@ -185,7 +186,7 @@ def test_any_head_dimension_runs(heads, hidden, device):
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
 def test_torch_compile_gives_one_graph_with_equal_results(gradients, device):
-    fast = bert_fast.accelerate(stock_model(device=device))
+    fast = bert_fast.accelerate(stock_model(device=device, **FEW))
     compiled = torch.compile(copy.deepcopy(fast), backend="aot_eager", fullgraph=True)
     for kind in ("right", "holes"):
         mask = masks(device)[kind].long()
@@ -202,7 +203,7 @@ def test_torch_compile_gives_one_graph_with_equal_results(gradients, device):
 
 
 def test_inference_mode_then_training_works_on_one_model(device):
-    fast = bert_fast.accelerate(stock_model(device=device))
+    fast = bert_fast.accelerate(stock_model(device=device, **FEW))
     with torch.inference_mode():
         first = fast(ids_of(device))[0]
     out = fast(ids_of(device))[0]
