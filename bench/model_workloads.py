@@ -37,13 +37,14 @@ SHAPES = {
     "large": Shape(24, 1024, 16),
     "12x32": Shape(12, 32, 2, per_layer=True),  # so small that Python is what it costs
 }
+TRAINS = {"train": 0.0, "train-with-dropout": 0.1}  # the first word of a workload's name
 PLANS = {  # the first ones matter most, where a budget ends the run
     "cpu": (
         "6x384 docstrings", "12x32 batch-1-short", "6x384 docstrings-sorted", "6x384 full-128",
         "6x384 batch-1", "6x384 cola-128x8", "6x384 squad-384x8", "6x384 wikipedia-512x8",
         "base docstrings", "base docstrings-sortedx8", "base full-128x8", "base batch-1",
         "base batch-1-short", "6x384 batch-1-short", "train 6x384 docstringsx8",
-        "encode docstrings", "base docstringsx8",
+        "train-with-dropout 6x384 docstringsx8", "encode docstrings", "base docstringsx8",
     ),
     "cuda": (
         "base squad-384", "12x32 batch-1-short", "base full-128x128", "base full-512",
@@ -54,6 +55,7 @@ PLANS = {  # the first ones matter most, where a budget ends the run
         "6x384 batch-1", "large full-128", "large full-512", "large wikipedia-512",
         "base full-128x4", "base full-128x16", "base full-128x64", "base full-128x256",
         "base full-128x1024", "train base full-512", "train large squad-384x16",
+        "train-with-dropout base wikipedia-512",
         "encode docstrings", "6x384 squad-384", "6x384 docstrings-sorted", "6x384 cola-128",
         "large full-256", "large docstrings", "large cola-128", "base full-512-fitting",
     ),
@@ -76,16 +78,17 @@ def _with_few(workload):
 
 
 def workload(name, dtype, device, quick=False, tf32=False):
-    """A name is a shape of SHAPES and lengths, as in lengths.py; with "train" before it, a training
-    step; or "encode docstrings"."""
+    """A name is a shape of SHAPES and lengths, as in lengths.py; with a word of TRAINS before it, a
+    training step; or "encode docstrings"."""
     kind, _, rest = name.partition(" ")
     if kind == "encode":
         prepare = functools.partial(_texts, dtype, device, quick)
         return Workload(name, dtype, ENCODERS, ENCODERS[0].name, prepare, rest, kind, tf32)
-    kind = "training" if kind == "train" else "inference"
+    dropout = TRAINS.get(kind)
+    kind = "inference" if dropout is None else "training"
     shape, lengths = (rest if kind == "training" else name).split()
     contenders = {
-        "training": tuple(_training(model) for model in MODELS if model.trains),
+        "training": tuple(_training(model, dropout) for model in MODELS if model.trains),
         "inference": INFERENCE,
     }[kind]
     if SHAPES[shape].per_layer:
@@ -229,17 +232,24 @@ def _gradient_gate(error, baseline, dtype):
     return gate(error, baseline, dtype)
 
 
-def _training(of):
-    """A contender that takes training steps with the Model `of`."""
+def _training(of, dropout=0.0):
+    """A contender that takes training steps with the Model `of`. Dropout is of the steps that are
+    timed: each drops other places, so gradients are checked without."""
 
     def build(problem):
+        if dropout and of.name == "FlashAttention unpadded":
+            raise Skip("this one drops no probabilities")
         forward = of.forward(problem)
         model = getattr(forward.model, "_orig_mod", forward.model).train()
         on_gpu = model.device.type == "cuda"
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_gpu or None)
 
+        drops = [m for m in model.modules() if dropout and isinstance(m, torch.nn.Dropout)]
+
         def bind(batches):
             def run():
+                for m in drops:
+                    m.p = dropout if batches is problem.timed else 0.0
                 for batch in batches:
                     model.zero_grad(set_to_none=True)
                     with torch.enable_grad():

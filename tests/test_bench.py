@@ -643,6 +643,36 @@ def test_a_step_changes_the_weights_when_timed_and_not_when_checked():
     assert not torch.equal(weights[0], before)
 
 
+def test_dropout_is_of_timed_steps_alone():
+    """Those that are checked have a definition."""
+    problem = tiny(model_workloads._step, ()).prepare()
+    seen = []
+
+    def forward(problem):
+        made = contenders.OURS.forward(problem)
+        dropouts = [m for m in made.model.modules() if isinstance(m, torch.nn.Dropout)]
+
+        def watched(**batch):
+            seen.append({m.p for m in dropouts})
+            return made(**batch)
+
+        watched.model = made.model
+        return watched
+
+    bind = model_workloads._training(contenders.Model("it", forward), 0.1).build(problem)
+    for batches in (problem.checked, problem.timed, problem.checked):
+        bind(batches)()
+    assert seen == [{0.0}, {0.1}, {0.0}]
+
+
+def test_a_contender_that_drops_no_probabilities_has_no_row_with_dropout():
+    wanted = model_workloads.workload("train-with-dropout 6x384 full-128x8", torch.float32, CPU)
+    assert wanted.kind == "training"
+    (unpadded,) = (c for c in wanted.contenders if c.name == "FlashAttention unpadded")
+    with pytest.raises(measure.Skip, match="drops no probabilities"):
+        unpadded.build(None)
+
+
 def test_ceilings_are_work_over_time():
     class Seconds(Clock):
         def __call__(self, run):

@@ -548,7 +548,8 @@ def test_what_is_compiled_ahead_is_in_the_cache_and_was_not_launched(tmp_path, m
     case, cpu = {"T": 256, "K": 64, "N": 64}, torch.device("cpu")
     calls = [("linear", case), ("linear", case)]
     (wanted,) = tune.asked(lambda: aot.compile_all(spec, case, torch.float16, ["sm_90"]))
-    config = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    config = {"PERSISTENT": 0, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}
+    config |= {"num_warps": 4, "num_stages": 2}
     driver = aot.Driver(aot.TARGETS["sm_90"].triton)
 
     def compiled():
@@ -562,6 +563,8 @@ def test_what_is_compiled_ahead_is_in_the_cache_and_was_not_launched(tmp_path, m
         assert compiled() == start + 1
         tune.compile_only(calls, torch.float16, cpu, wanted, config | {"num_stages": 3})
         assert compiled() == start + 2
+        tune.compile_only(calls, torch.float16, cpu, wanted, config | {"PERSISTENT": 1})
+        assert compiled() == start + 3
 
 
 @pytest.fixture
