@@ -1,7 +1,7 @@
 """Print the README's figures and pictures from the committed result files.
 
 What stands between the two marks in README.md is printed here, and nowhere typed: for each device
-and set of dtypes the newest file with rows of the models.
+and set of dtypes the newest file with rows of the models, and older ones for what it has no row of.
 """
 
 from pathlib import Path
@@ -22,16 +22,16 @@ COLUMNS = (
 
 
 def newest(folder=RESULTS):
-    """[(path, content)] of the newest file of each device and set of dtypes that has rows of
-    models."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        content = read(path)
-        dtypes = {r["dtype"] for r in content["rows"] if r["kind"] != "op"}
-        if content["part"] == "bench" and dtypes:
-            of = content["device"]["name"], *sorted(dtypes)
-            if of not in found or content["date"] > found[of][1]["date"]:
-                found[of] = path, content
+    """[(path, content)] of the files with rows of models that no newer one of their device has."""
+    files = [(path, read(path)) for path in sorted(folder.glob("*.json"))]
+    files.sort(key=lambda file: file[1]["date"], reverse=True)
+    found, known = {}, set()
+    for path, content in files:
+        device = content["device"]["name"]
+        rows = {(device, row["dtype"], row["workload"]) for row in _shown(content["rows"])}
+        if content["part"] == "bench" and not rows <= known:
+            known |= rows
+            found[device, *sorted({dtype for _, dtype, _ in rows}), path.name] = path, content
     return [found[name] for name in sorted(found)]
 
 
@@ -58,13 +58,19 @@ def _about(path, content):
     )
 
 
-def _table(rows):
-    of = {(r["workload"], r["dtype"], r["contender"]): r for r in rows}
-    shown = [
+def _shown(rows):
+    """Ours of the models' workloads, the last row of each."""
+    of = {(r["workload"], r["dtype"]): r for r in rows if r["contender"] == "ours"}
+    return [
         row for row in of.values()
-        if row["contender"] == "ours" and row["kind"] in ("inference", "training")
+        if row["kind"] in ("inference", "training")
         and row["status"] == "ok" and row["ratio_median"] and row["us_per_layer"] is None
     ]  # fmt: skip
+
+
+def _table(rows):
+    of = {(r["workload"], r["dtype"], r["contender"]): r for r in rows}
+    shown = _shown(rows)
 
     def over(row, name):
         other = of.get((row["workload"], row["dtype"], name))

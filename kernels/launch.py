@@ -213,7 +213,7 @@ def pad_rows(t, M):
 
 # -- launches -------------------------------------------------------------------------------
 _compiled = {}  # what `start` has launched: (compiled kernel, its constexprs)
-_free = {}  # of a kernel, by id: of each argument whether a new value compiles nothing anew
+_free = {}  # id: (kernel, of each argument whether a new value compiles nothing anew)
 _run = HAS_TRITON and triton.JITFunction.run
 
 
@@ -234,9 +234,9 @@ def start(kernel, programs, *args, **options):
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     key = [id(kernel), device]  # its own hash is that of its source
-    if (free := _free.get(id(kernel))) is None:
-        free = _free[id(kernel)] = [p.do_not_specialize for p in kernel.params]
-    for a, is_free in zip(args, free):
+    if id(kernel) not in _free:
+        _free[id(kernel)] = kernel, [p.do_not_specialize for p in kernel.params]
+    for a, is_free in zip(args, _free[id(kernel)][1]):
         if a is None or type(a) is float:
             key.append(type(a))
         elif type(a) is int:

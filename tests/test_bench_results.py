@@ -341,6 +341,15 @@ def test_only_the_newest_file_of_a_device_and_its_dtypes_is_printed(house):
     assert [p.name for p, _ in readme.newest()] == ["half.json", "a-newer.json"]
 
 
+def test_an_older_file_is_printed_for_what_no_newer_one_has(house):
+    _, path = house
+    newer = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00"}
+    for r in newer["rows"]:
+        r["workload"] = "base batch-1"
+    saved(path.with_name("z-newer.json"), newer)
+    assert [p.name for p, _ in readme.newest()] == [path.name, "z-newer.json"]
+
+
 def test_a_contender_has_a_column_where_it_was_measured(house):
     _, path = house
     name = "stock sdpa, CUDA graphs"
