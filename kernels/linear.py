@@ -472,9 +472,10 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, num_tokens = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, needs_residual, _ = ctx.needs_input_grad
         args = (dy, x, weight, bias, ctx.activation, num_tokens, needs_x, needs_weight)
-        # As an op where it must not see autocast, nor torch.compile its shapes.
-        is_op = num_tokens is not None or torch.is_autocast_enabled(x.device.type)
-        dx, dweight, dbias = _linear_backward(*args) if is_op else _plain_backward(*args)
+        # The op is for torch.compile, which is to see none of it, and against autocast.
+        hides = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        backward = _linear_backward if hides or num_tokens is not None else _plain_backward
+        dx, dweight, dbias = backward(*args)
         dresidual = None
         if needs_residual:
             dresidual = dy

@@ -184,6 +184,7 @@ def test_any_head_dimension_runs(heads, hidden, device):
     assert apart <= 1e-5 + 2 * limit  # with one head of 256, scores are large
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")  # something that it had better not see
 @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
 def test_torch_compile_gives_one_graph_with_equal_results(gradients, device):
     fast = bert_fast.accelerate(stock_model(device=device, **FEW))

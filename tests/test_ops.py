@@ -228,6 +228,7 @@ def test_torch_library_contract(spec, case):
         torch.library.opcheck(op, args)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")  # something that it had better not see
 @pytest.mark.parametrize("spec, case", cases(first=1))
 def test_compiles_to_one_graph(spec, case):
     inputs = inputs_of(spec, case)
