@@ -27,7 +27,7 @@ export TRITON_DEFAULT_FP_FUSION := 1
 
 INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tests/test_check.py \
 	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py \
-	tests/test_waits.py tests/test_dropout.py::test_trains_as_stock_with_the_same_draws
+	tests/test_waits.py tests/test_variants.py tests/test_dropout.py::test_trains_as_stock_with_the_same_draws
 CASES := 2000
 # A process for each core, of one thread: tests are small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal

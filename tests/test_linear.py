@@ -2,8 +2,6 @@
 multiplies."""
 
 import importlib
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,10 +10,6 @@ from torch.nn import functional as F
 
 from bert_fast.kernels import linear
 from bert_fast.kernels.launch import DTYPES, INTERPRET
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
-
-from judge import varied
 
 file = importlib.import_module("bert_fast.kernels.linear")
 GPU = torch.cuda.is_available() and not INTERPRET
@@ -58,10 +52,7 @@ def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypat
     assert torch.equal(ours[:70], expected[:70])
     for form in file._forms(arch, dtype.itemsize, precision):
         monkeypatch.setattr(file, "_tile", lambda *_, form=form: form)
-        for variant in ({}, {"PERSISTENT": 1}):
-            with varied(variant):
-                ours = linear(x, weight, bias, activation, residual)
-            assert torch.equal(ours, expected), (form, variant)
+        assert torch.equal(linear(x, weight, bias, activation, residual), expected), form
 
 
 @pytest.mark.skipif(not KERNELS, reason="of the kernel")
@@ -109,30 +100,6 @@ def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
     assert form(128, 768, multiprocessors=58) == (64, 32)
     assert form(16384, 1024, arch="gfx942") == (128, 128)
     assert form(8192, 768, arch="gfx942", multiprocessors=304) == (64, 64)
-
-
-@pytest.mark.skipif(not INTERPRET, reason="counts launches of the interpreter")
-@torch.no_grad()
-def test_a_table_has_the_persistent_form_where_descriptors_can_be(monkeypatch):
-    """They are of addresses and rows that are multiples of 16 bytes."""
-    launched = []
-    for kernel in (file._forward_kernel, file._persistent_kernel):
-
-        def run(*args, kernel=kernel, original=kernel.run, **kwargs):
-            launched.append(kernel.fn.__name__)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(kernel, "run", run)
-    x, weight, bias = operands(5, 64, 16, torch.float16)
-    odd = torch.randn(5, 66).half()
-    linear(x, weight, bias)
-    with varied({"PERSISTENT": 1}):
-        linear(x, weight, bias)
-        linear(odd[:, :64], weight, bias)  # rows apart by 132 bytes
-        linear(odd.flatten()[1:321].view(5, 64), weight, bias)  # begins at an odd number
-        linear(x[:, :0], weight[:, :0], bias)  # nothing to load
-    forward, persistent = "_forward_kernel", "_persistent_kernel"
-    assert launched == [forward, persistent, forward, forward, forward]
 
 
 # -- oneDNN --------------------------------------------------------------------------------

@@ -6,7 +6,6 @@
 """
 
 import inspect
-import itertools
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +19,7 @@ from bert_fast.kernels.launch import DTYPES, INTERPRET
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
 
-from judge import LAYOUTS, further_rows, is_float, varied
+from judge import LAYOUTS, further_rows, is_float
 
 GPU = torch.cuda.is_available() and not INTERPRET
 DEVICE = "cuda" if GPU else "cpu"
@@ -115,15 +114,6 @@ def assert_matches_definition(spec, case, dtype, **layout):
 @pytest.mark.parametrize("spec, case", cases())
 def test_matches_definition(spec, case, dtype):
     assert_matches_definition(spec, case, dtype)
-
-
-@pytest.mark.skipif(not (GPU or INTERPRET), reason="of kernels")
-@pytest.mark.parametrize("spec, variant", [(s, v) for s in SPECS for v in s.variants])
-def test_variants_match_the_definition(spec, variant):
-    """What a tuned table may choose, where that takes other code."""
-    for case, dtype in itertools.product(spec.cases, DTYPES):
-        with varied(variant):
-            assert_matches_definition(spec, case, dtype)
 
 
 class ContiguousResults(TorchDispatchMode):

@@ -1,0 +1,84 @@
+"""What a tuned table may choose where that takes other code: `variants` of a Spec."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_linear import DEVICE, KERNELS, operands
+from test_ops import assert_matches_definition
+
+from bert_fast.kernels import SPECS, linear
+from bert_fast.kernels.launch import DTYPES, INTERPRET
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
+
+from judge import varied
+
+file = importlib.import_module("bert_fast.kernels.linear")
+pytestmark = pytest.mark.skipif(not KERNELS, reason="of kernels")
+VARIANTS = [pytest.param(s, v, id=f"{s.name} {v}") for s in SPECS for v in s.variants]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec, variant", VARIANTS)
+def test_variants_match_the_definition(spec, variant, dtype):
+    with varied(variant):
+        for case in spec.cases:
+            assert_matches_definition(spec, case, dtype)
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("dtype", [*DTYPES, "tf32"], ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.usefixtures("sums_without_place")
+@torch.no_grad()
+def test_persistent_programs_give_the_bits_of_the_others(
+    activation, dtype, arch, monkeypatch, request
+):
+    """In every form of tile that there is, and whatever the other rows."""
+    arch = arch if INTERPRET else file.launch.arch()
+    monkeypatch.setattr(file.launch, "_gpus", lambda: False)  # whose table would choose the form
+    precision = "ieee"
+    if dtype == "tf32":
+        request.getfixturevalue("tf32")
+        dtype, precision = torch.float32, "tf32"
+    monkeypatch.setattr(file.launch, "arch", lambda: arch)
+    x, weight, bias = operands(131, 200, 96, dtype)
+    residual = torch.randn(131, 96, device=DEVICE).to(dtype)
+    expected = linear(x, weight, bias, activation, residual)
+    for form in file._forms(arch, dtype.itemsize, precision):
+        monkeypatch.setattr(file, "_tile", lambda *_, form=form: form)
+        with varied({"PERSISTENT": 1}):
+            ours = linear(x, weight, bias, activation, residual)
+            first = linear(x[:70], weight, bias, activation, residual[:70])
+            count = torch.tensor([70], device=DEVICE)
+            some = linear(x, weight, bias, activation, residual, num_tokens=count)
+        assert torch.equal(ours, expected), form
+        assert torch.equal(first, expected[:70]), form
+        assert torch.equal(some[:70], expected[:70]), form
+
+
+@pytest.mark.skipif(not INTERPRET, reason="counts launches of the interpreter")
+@torch.no_grad()
+def test_a_table_has_the_persistent_form_where_descriptors_can_be(monkeypatch):
+    """They are of addresses and rows that are multiples of 16 bytes."""
+    launched = []
+    for kernel in (file._forward_kernel, file._persistent_kernel):
+
+        def run(*args, kernel=kernel, original=kernel.run, **kwargs):
+            launched.append(kernel.fn.__name__)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(kernel, "run", run)
+    x, weight, bias = operands(5, 64, 16, torch.float16)
+    odd = torch.randn(5, 66).half()
+    linear(x, weight, bias)
+    with varied({"PERSISTENT": 1}):
+        linear(x, weight, bias)
+        linear(odd[:, :64], weight, bias)  # rows apart by 132 bytes
+        linear(odd.flatten()[1:321].view(5, 64), weight, bias)  # begins at an odd number
+        linear(x[:, :0], weight[:, :0], bias)  # nothing to load
+    forward, persistent = "_forward_kernel", "_persistent_kernel"
+    assert launched == [forward, persistent, forward, forward, forward]
