@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 import transformers
-from models import B, assert_ran_fast, assert_ran_stock, ids_of, masks, stock_model
+from models import (
+    CLASSES,
+    HEADS,
+    B,
+    assert_ran_fast,
+    assert_ran_stock,
+    config_of,
+    ids_of,
+    loss_of,
+    masks,
+    stock_model,
+)
 from torch.autograd.graph import saved_tensors_hooks
 
 import bert_fast
@@ -60,6 +71,19 @@ def test_bits_are_those_without_dropout_included(name, reentrant, device, layers
     assert layers_run == [first, second, second, first]
     assert len(found) == len(expected) > 30
     assert all(map(torch.equal, found, expected))
+    assert_ran_fast(model)
+
+
+@pytest.mark.parametrize("name", HEADS if INTERPRET else CLASSES)
+def test_in_every_class_the_parameters_of_stock_get_gradients(name, device):
+    reached = []
+    for module in (transformers, bert_fast):
+        model = getattr(module, name)(config_of(name)).to(device).train()
+        model.config.use_cache = False
+        turn_on(model)
+        loss_of(name, model, ids_of(device), masks(device)["right"])[1].backward()
+        reached.append([key for key, p in model.named_parameters() if p.grad is not None])
+    assert reached[0] == reached[1]
     assert_ran_fast(model)
 
 
