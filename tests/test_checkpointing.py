@@ -196,7 +196,10 @@ def test_torch_compile_leaves_it_to_stock(device, caplog):
     where = masks(device)["right"] != 0
     expected = model(ids_of(device), masks(device)["right"]).last_hidden_state[where]
     compiled = torch.compile(model, backend="aot_eager")
-    found = compiled(ids_of(device), masks(device)["right"]).last_hidden_state[where]
+    try:
+        found = compiled(ids_of(device), masks(device)["right"]).last_hidden_state[where]
+    finally:
+        torch.compiler.reset()  # else dynamo passes over what it could not compile, in others too
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert "gradient checkpointing under torch.compile" in caplog.text
 
