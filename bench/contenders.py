@@ -289,6 +289,7 @@ class Model:
     name: str
     forward: Callable  # problem -> forward(input_ids, attention_mask)
     trains: bool = False
+    drops: bool = True  # probabilities too, where modules have a dropout
     slow: bool = False
 
     def inference(self):
@@ -301,7 +302,7 @@ MODELS = (
     Model("stock eager", _eager, trains=True),
     Model("stock sdpa, CUDA graphs", _graphed_sdpa),
     *(Model(f"sdpa {backend}", partial(_forced_sdpa, backend)) for backend in BACKENDS),
-    Model("FlashAttention unpadded", _unpadded, trains=True),
+    Model("FlashAttention unpadded", _unpadded, trains=True, drops=False),
     Model("flex_attention", _flex, slow=True),
     Model("torch.compile", _compiled, trains=True, slow=True),
     Model(

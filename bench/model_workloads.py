@@ -237,13 +237,12 @@ def _training(of, dropout=0.0):
     timed: each drops other places, so gradients are checked without."""
 
     def build(problem):
-        if dropout and of.name == "FlashAttention unpadded":
+        if dropout and not of.drops:
             raise Skip("this one drops no probabilities")
         forward = of.forward(problem)
         model = getattr(forward.model, "_orig_mod", forward.model).train()
         on_gpu = model.device.type == "cuda"
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_gpu or None)
-
         drops = [m for m in model.modules() if dropout and isinstance(m, torch.nn.Dropout)]
 
         def bind(batches):

@@ -104,9 +104,8 @@ def embed(model, inputs, tokens, seeds):
         padding_idx=parts.word.padding_idx,
         num_tokens=tokens.num_tokens,
     )
-    if any(map(asks_for_gradients, parts.word._forward_hooks.values())):
-        if torch.is_grad_enabled() and not x.requires_grad:
-            x.requires_grad_()
+    if torch.is_grad_enabled() and any(map(asks_for_gradients, parts.word._forward_hooks.values())):
+        x.requires_grad_()  # it may already
     if _drops(parts.dropout):
         x = _drop(parts.dropout, x, tokens, seeds)
     project = architecture.project and model._modules.get(architecture.project)

@@ -154,7 +154,8 @@ def rows(spec, archs, dtypes):
             hashes = {launch.kernel.hash for launch in launches}
             if variant and hashes <= usual:
                 continue  # it is none on this architecture
-            usual |= set() if variant else hashes
+            if not variant:
+                usual |= hashes
             for launch in launches:
                 if launch.kernel.hash not in known:
                     known[launch.kernel.hash] = analyse(launch.kernel, TARGETS[arch])

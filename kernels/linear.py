@@ -300,6 +300,7 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     exact = is_exact(x.itemsize, precision)
     if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (weight, stride_wn)):
         M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+        # By Triton's own way: launch.start knows no descriptors.
         _persistent_kernel[(min(tiles, _places(*gpu, x.itemsize, **config)),)](
             TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
             TensorDescriptor(weight, (N, K), (stride_wn, 1), (N_, K_)),

@@ -24,6 +24,19 @@ def operands(T, K, N, dtype):
     return x, weight, torch.randn(N, device=DEVICE).to(dtype)
 
 
+def launched_on(arch, dtype, monkeypatch, request):
+    """(arch, dtype, precision) of launches from here on: for arch, but on a GPU for that one, in a
+    form that no table chooses; TF32 is allowed where dtype is "tf32"."""
+    if GPU:
+        arch = file.launch.arch()
+    monkeypatch.setattr(file.launch, "_gpus", lambda: False)
+    monkeypatch.setattr(file.launch, "arch", lambda: arch)
+    if dtype != "tf32":
+        return arch, dtype, "ieee"
+    request.getfixturevalue("tf32")
+    return arch, torch.float32, "tf32"
+
+
 # -- the same bits whatever the batch ------------------------------------------------------
 @pytest.mark.skipif(not KERNELS, reason="libraries choose their sums by the number of rows")
 @pytest.mark.parametrize("arch", [80, 90, "gfx942"])
@@ -33,14 +46,7 @@ def operands(T, K, N, dtype):
 @torch.no_grad()
 def test_a_row_has_the_same_bits_in_any_batch(activation, dtype, arch, monkeypatch, request):
     """Alone, in another order, with other rows behind, in every form of tile that there is."""
-    if GPU:
-        arch = file.launch.arch()
-    monkeypatch.setattr(file.launch, "_gpus", lambda: False)  # whose table would choose the form
-    precision = "ieee"
-    if dtype == "tf32":
-        request.getfixturevalue("tf32")
-        dtype, precision = torch.float32, "tf32"
-    monkeypatch.setattr(file.launch, "arch", lambda: arch)
+    arch, dtype, precision = launched_on(arch, dtype, monkeypatch, request)
     x, weight, bias = operands(131, 200, 96, dtype)
     residual = torch.randn(131, 96, device=DEVICE).to(dtype)
     expected = linear(x, weight, bias, activation, residual)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_linear import DEVICE, KERNELS, operands
+from test_linear import DEVICE, KERNELS, launched_on, operands
 from test_ops import assert_matches_definition
 
 from bert_fast.kernels import SPECS, linear
@@ -38,13 +38,7 @@ def test_persistent_programs_give_the_bits_of_the_others(
     activation, dtype, arch, monkeypatch, request
 ):
     """In every form of tile that there is, and whatever the other rows."""
-    arch = arch if INTERPRET else file.launch.arch()
-    monkeypatch.setattr(file.launch, "_gpus", lambda: False)  # whose table would choose the form
-    precision = "ieee"
-    if dtype == "tf32":
-        request.getfixturevalue("tf32")
-        dtype, precision = torch.float32, "tf32"
-    monkeypatch.setattr(file.launch, "arch", lambda: arch)
+    arch, dtype, precision = launched_on(arch, dtype, monkeypatch, request)
     x, weight, bias = operands(131, 200, 96, dtype)
     residual = torch.randn(131, 96, device=DEVICE).to(dtype)
     expected = linear(x, weight, bias, activation, residual)
