@@ -206,25 +206,26 @@ def with_config(fn, inputs, config, wanted):
 
 
 def time_on(problems, wanted, clock, seconds, ahead, deadline):
-    """config -> the geometric mean of its times on problems, (fn, inputs, truth, limit) each."""
+    """config -> the geometric mean of its times on problems, (fn, inputs, truths, limits) each."""
     of_first = []  # what the first configuration gives, where others must give the same
 
     def time_of(config):
         ahead.wait(wanted, config, deadline)
         logs = []
-        for n, (fn, inputs, truth, limit) in enumerate(problems):
+        for n, (fn, inputs, truths, limits) in enumerate(problems):
             run = with_config(fn, inputs, config, wanted)
             try:
-                result = run()
-                error = error_of([result], [truth])["max"]
+                results = tensors_of(run())
+                errors = [error_of([r], [t])["max"] for r, t in zip(results, truths, strict=True)]
             except refusals() as error:
                 raise Skip(one_line(error)) from error
-            if not error <= limit:
-                raise ValueError(f"error {error:.2g}, at most {limit:.2g} is allowed")
+            for error, limit in zip(errors, limits):
+                if not error <= limit:
+                    raise ValueError(f"error {error:.2g}, at most {limit:.2g} is allowed")
             if "rows<=" in wanted[1]:
                 if n == len(of_first):
-                    of_first.append(result)
-                elif not torch.equal(result, of_first[n]):
+                    of_first.append(results)
+                elif not all(map(torch.equal, results, of_first[n])):
                     raise ValueError("other bits than the default's")
             failures = {}
             timings = interleave({"it": run}, clock, seconds, failures, graphed=True)
@@ -274,8 +275,14 @@ def groups(specs, dtype, device):
     return dict(found)
 
 
+def tensors_of(result):
+    """What an op returns, as a list: gradients are several."""
+    return list(result) if isinstance(result, tuple) else [result]
+
+
 def problem(spec, case, dtype, device):
-    """(fn, inputs, truth, limit): the definition in fp64, and how far off a result may be."""
+    """(fn, inputs, truths, limits): of each result the definition in fp64, and how far off it may
+    be."""
     torch.manual_seed(0)
     inputs = spec.inputs(dtype, device, **case)
     wide = {
@@ -283,9 +290,10 @@ def problem(spec, case, dtype, device):
         for k, v in inputs.items()
     }
     with torch.no_grad():
-        truth, rounded = spec.ref(**wide), spec.ref(**inputs)
-    ulp = torch.finfo(dtype).eps * truth.abs().max().item()
-    return spec.fn, inputs, truth, ulp + 2 * error_of([rounded], [truth])["max"]
+        truths, rounded = tensors_of(spec.ref(**wide)), tensors_of(spec.ref(**inputs))
+    ulps = [torch.finfo(dtype).eps * t.abs().max().item() for t in truths]
+    errors = [error_of([r], [t])["max"] for r, t in zip(rounded, truths)]
+    return spec.fn, inputs, truths, [ulp + 2 * error for ulp, error in zip(ulps, errors)]
 
 
 def tune(results, clock, device, end, path, specs=SPECS, dtypes=DTYPES):

@@ -291,8 +291,9 @@ def as_one(*parts):
 
     The first call moves the parameters into one storage, in which they stay rows of one tensor: the
     same parameters under the same names, no memory more, and never out of date whoever writes to
-    them. Where they cannot be moved (shared with other processes, views of someone's buffer,
-    torch.compile), or gradients are to reach them, they are concatenated at every call.
+    them. Where they cannot be moved (shared with other processes, views of someone's buffer, under
+    torch.compile or in the capture of a CUDA graph), or gradients are to reach them, they are
+    concatenated at every call.
     """
     wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parts)
     if wants_gradients or torch.compiler.is_compiling():
@@ -300,10 +301,11 @@ def as_one(*parts):
     if not _adjacent(parts):
         with _moving:  # another thread may have moved them meanwhile
             if not _adjacent(parts):
-                if not all(map(_movable, parts)):
+                if not all(map(_movable, parts)) or _is_captured(parts[0].device):
                     return torch.cat(parts)
                 with torch.inference_mode(False), torch.no_grad():
                     rows = torch.cat(parts).split([len(p) for p in parts])
+                _finish_work(parts[0].device)
                 for p, row in zip(parts, rows):
                     p.data = row
     first = parts[0].detach()
@@ -327,6 +329,17 @@ def _movable(p):
         and p.untyped_storage().nbytes() == p.nbytes
         and not _is_shared(p)
     )
+
+
+def _is_captured(device):
+    """Whether nothing is computed now, only recorded, into memory that a replay will fill."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _finish_work(device):
+    """What other streams will read has been written, and what is freed they have read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _is_shared(p):

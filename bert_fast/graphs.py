@@ -206,9 +206,13 @@ class Graphs:
         self._done = None  # the event after the last replay
         self._forget()
 
-    def _forget(self):
+    def _finish_replays(self):
+        """What one in another stream uses must not be freed."""
         if self._done is not None:
-            self._done.synchronize()  # what a replay in another stream uses must not be freed
+            self._done.synchronize()
+
+    def _forget(self):
+        self._finish_replays()
         self._done = None
         self._graphs = collections.OrderedDict()  # Bucket -> _Graph, in the order of use
         self._seen = set()  # buckets that have run without a graph
@@ -279,6 +283,7 @@ class Graphs:
             oldest = next(iter(self._graphs), None)
             if oldest is None or self._calls - self._graphs[oldest].used < STALE:
                 return False
+            self._finish_replays()
             del self._graphs[oldest]
         return True
 
@@ -334,7 +339,8 @@ def turn(model, on):
 def forget(model):
     """As of an encoder that nobody has turned them off for, and that has none."""
     model.__dict__.pop(NAME, None)
-    _of_models.pop(model, None)
+    if graphs := _of_models.pop(model, None):
+        graphs.drop()
 
 
 def graphs_of(model):

@@ -112,9 +112,9 @@ def restore(model):
             )
     for module in todo:
         if type(module) in ENCODERS:
+            graphs.forget(module)  # before its weights move
             split_storage(module)
             module.__dict__.pop("_bert_fast_calls", None)
-            graphs.forget(module)
             frozen_weights.turn(module, False)
         module.__class__ = STOCK[type(module)]
     return model

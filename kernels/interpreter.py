@@ -3,7 +3,7 @@
 With TRITON_INTERPRET=1 a kernel runs in numpy, which has no bf16 and no fp8: their values lie there
 as raw bits. As Triton 3.6 to 3.9 ship it, the interpreter truncates where a GPU rounds, adds and
 multiplies the bits as if they were integers, takes a TF32 product for an exact one, and forgets
-that a launch wants its assertions checked.
+that a launch wants its assertions checked. It also does over what takes time, see `_mend_calls`.
 
 A Mend has a probe, a small computation whose result on a GPU is known. `mend` applies those whose
 probe comes out otherwise, and no others: where Triton has mended it, ours stays away.
@@ -17,6 +17,7 @@ Source     PTX that Triton 3.6 and 3.9 emit for sm_90: cvt.rn.bf16x2.f32, cvt.rn
            FP8 Formats for Deep Learning, 2022.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -328,6 +329,60 @@ def _options_are_forgotten():
     return True
 
 
+# -- calls of device functions --------------------------------------------------------------
+def _mend_calls():
+    """A launch puts the interpreter's functions in the place of the language's until it ends. Each
+    call of a jit function by another did so anew, which was a third of the time of a kernel."""
+    patch = interpreter._patch_lang
+    patched = set()  # of tl and tl.core, those of the present launch
+
+    class Scope(interpreter._LangPatchScope):
+        def restore(self):
+            patched.clear()
+            super().restore()
+
+    @functools.cache
+    def languages(fn):
+        return {v for v in fn.__globals__.values() if v is tl or v is tl.core}
+
+    def patch_once(fn):
+        if patched and languages(fn) <= patched:
+            return Scope()
+        patched.update(languages(fn))
+        return patch(fn)
+
+    interpreter._LangPatchScope, interpreter._patch_lang = Scope, patch_once
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+@triton.jit
+def _call_nothing(times: tl.constexpr):
+    for _ in tl.static_range(times):
+        _nothing()
+
+
+def _calls_are_slow():
+    counts = []
+    original = interpreter._patch_builtin
+    try:
+        for times in (1, 2):
+            counts.append(0)
+
+            def count(*args):
+                counts[-1] += 1
+                return original(*args)
+
+            interpreter._patch_builtin = count
+            _call_nothing[(1,)](times=times)
+    finally:
+        interpreter._patch_builtin = original
+    return counts[0] != counts[1]
+
+
 # -- all of them ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Mend:
@@ -343,6 +398,7 @@ MENDS = (
     Mend("tl.dot of bf16, fp8 and TF32", _dot_is_broken, _mend_dot),
     Mend("loop bounds under numpy 2.4", _index_is_broken, _mend_index),
     Mend("device_assert under debug=True", _options_are_forgotten, _mend_options),
+    Mend("calls of device functions", _calls_are_slow, _mend_calls),
 )
 
 

@@ -244,7 +244,8 @@ def start(kernel, programs, *args, **options):
         else:
             key.append(a.dtype)
             key.append(a.data_ptr() % 16)
-    for value in options.values():
+    for name, value in options.items():
+        key.append(name)
         key.append(id(value) if isinstance(value, triton.JITFunction) else value)
     found = _compiled.get(key := tuple(key))
     if found is None:

@@ -792,6 +792,31 @@ def test_bf16_alone_is_tuned_where_time_is_short(seconds, dtypes, monkeypatch):
     assert asked == [((torch.bfloat16, torch.float32)[:dtypes], "nvidia-toy.json")]
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_every_op_can_be_tuned(spec):
+    """Gradients are several results; one of them that is wrong is found."""
+    device = torch.device("cpu")
+    fn, inputs, truths, limits = tune.problem(spec, spec.cases[0], torch.float32, device)
+
+    def wrong_in_the_last(**inputs):
+        *first, last = tune.tensors_of(fn(**inputs))
+        return (*first, last + 1)
+
+    class Clock(TunedClock):
+        def __call__(self, run):
+            run()
+            return 1.0
+
+    def time_of(fn):
+        ahead = tune.Ahead(device, 0)
+        problems = [(fn, inputs, truths, limits)]
+        return tune.time_on(problems, (spec.name, "N=1"), Clock(), 0.01, ahead, 1e9)({})
+
+    assert time_of(fn) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="is allowed"):
+        time_of(wrong_in_the_last)
+
+
 def test_what_was_tuned_is_what_launchers_read(tables, tmp_path):
     found = results.Results(tmp_path / "tune.json", KNOWN, "tune")
     chosen = tune_toy(found, tables)

@@ -151,6 +151,35 @@ def test_a_graph_is_recorded_at_the_second_call_and_one_that_is_no_longer_used_m
     assert there(1, 4) == [1, 4]  # 2 has not for six calls
 
 
+@pytest.mark.skipif(GPU, reason="waits for an event in place of the GPU's")
+@pytest.mark.parametrize("what", ["restored", "turned off", "made way"])
+def test_nothing_is_freed_before_the_last_replay_has_finished(what, monkeypatch):
+    waited = []
+
+    class Event:
+        def synchronize(self):
+            weights = [p.data_ptr() for p in model.parameters()]
+            waited.append((graphs_of_model.count, weights))
+
+    monkeypatch.setattr(graphs, "_in_turn", lambda *_: contextlib.nullcontext(Event()))
+    monkeypatch.setattr(graphs, "LIMIT", 1)
+    monkeypatch.setattr(graphs, "STALE", 0)
+    _, model = pair()
+    graphs_of_model = graphs_of(model)
+    with torch.no_grad():
+        for _ in range(2):
+            model(**inputs_of())
+        before = graphs_of_model.count, [p.data_ptr() for p in model.parameters()]
+        if what == "restored":
+            bert_fast.restore(model)
+        elif what == "turned off":
+            bert_fast.accelerate(model, cuda_graphs=False)
+        else:
+            for _ in range(2):
+                model(input_ids=ids_of(DEVICE, (1, 3)))
+    assert waited == [before]
+
+
 def moved(model):
     model.pooler.dense.weight.data = 2 * model.pooler.dense.weight.data
 

@@ -108,6 +108,20 @@ def test_rows_of_any_number_are_one_entry_and_integers_of_others_are_several(lau
     assert len(launch._compiled) == 2
 
 
+def test_numbers_of_a_table_are_not_taken_for_others_of_the_same_values(launches, monkeypatch):
+    """A table has its names in another order than a default."""
+    tile = {"BLOCK_K": 64, "BLOCK_M": 32, "BLOCK_N": 128}
+    others = {"num_stages": 4, "num_warps": 4, "PERSISTENT": 0}
+    turned = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 128}
+    x, weight = torch.ones(256, 256), torch.ones(256, 256)
+    for config in (tile | others, turned | others):
+        monkeypatch.setattr(launch, "configuration", lambda *args, config=config, **key: config)
+        linear(x, weight)
+    assert len(launch._compiled) == 2
+    assert launches[0][1][0] == 8 * 2
+    assert launches[1][1][0] == 4 * 8
+
+
 def test_what_is_launched_without_end_is_not_kept_without_end(launches):
     launch._compiled.update(dict.fromkeys(range(10000)))
     linear(torch.ones(3, 64), torch.ones(32, 64))

@@ -560,6 +560,45 @@ def test_a_weight_that_was_sent_to_another_process_stays_where_it_is():
     assert [p.data_ptr() for p in parts] != places
 
 
+@torch.no_grad()
+def test_weights_are_not_moved_in_the_capture_of_a_graph(monkeypatch):
+    """There nothing is computed: they would point to memory that nobody has written."""
+    parts = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    places = [p.data_ptr() for p in parts]
+    monkeypatch.setattr(encoder, "_is_captured", lambda device: True)
+    assert torch.equal(encoder.as_one(*parts), torch.ones(6, 3))
+    assert [p.data_ptr() for p in parts] == places
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_a_first_forward_in_a_capture_leaves_the_weights_as_they_are():
+    model = bert_fast.accelerate(stock_model(device="cuda"), cuda_graphs=False)
+    before = [p.clone() for p in model.parameters()]
+    ids = ids_of("cuda")
+    other = bert_fast.accelerate(stock_model(device="cuda"), cuda_graphs=False)
+    expected = other(ids).last_hidden_state  # which compiles, too
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        last = model(ids).last_hidden_state
+    graph.replay()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert torch.equal(last, expected)
+
+
+@torch.no_grad()
+def test_weights_are_moved_once_all_work_has_finished(monkeypatch):
+    """What other streams read must have been written, and be read before it is freed."""
+    parts = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(3)]
+    places, seen = [p.data_ptr() for p in parts], []
+    monkeypatch.setattr(
+        encoder, "_finish_work", lambda device: seen.append([p.data_ptr() for p in parts])
+    )
+    encoder.as_one(*parts)
+    assert seen == [places]
+    assert [p.data_ptr() for p in parts] != places
+
+
 def test_a_weight_written_between_forward_and_backward_changes_no_gradient():
     """Of most weights that is an error, as in stock; query, key and value have been copied."""
     fast = bert_fast.accelerate(stock_model())
