@@ -240,6 +240,33 @@ def _with_bias_and_the_rest(y, bias=None, **rest):
     return _with_the_rest(y if bias is None else y + bias, **rest)
 
 
+def _qkv(x, product=F.linear, **parts):
+    """One product of x with the three weights below each other, laid so outside of the clock's
+    sight where they have no gradients."""
+
+    def stacked():
+        names = "query", "key", "value"
+        weights, biases = ([parts[f"{n}_{of}"] for n in names] for of in ("weight", "bias"))
+        return torch.cat(weights), torch.cat(biases)
+
+    if x.requires_grad:
+        return lambda: product(x, *stacked()).unflatten(1, (3, -1))
+    weight, bias = stacked()
+    return lambda: product(x, weight, bias).unflatten(1, (3, -1))
+
+
+def _cublas_qkv(x, **parts):
+    if x.device.type != "cuda":
+        raise Skip("cuBLAS runs on a GPU alone")
+    if x.requires_grad:
+        raise Skip("forward alone: the bias has gradients too")
+    return _qkv(x, lambda x, weight, bias: _without_lt(x, weight), **parts)
+
+
+def _with_biases(y, query_bias, key_bias, value_bias, **_):
+    return [y + torch.stack((query_bias, key_bias, value_bias))]
+
+
 # The baseline of each op: what one would write with torch alone.
 BASELINES = {
     "attention": peer("padded sdpa", _padded_sdpa, _unpadded),
@@ -250,6 +277,7 @@ BASELINES = {
     "pack": peer("nonzero", _nonzero, _filled),
     "unpack": peer("index_put", _indexed),
     "linear": peer("F.linear", _linear),
+    "qkv": peer("F.linear", _qkv),
 }
 OTHERS = {
     "attention": (
@@ -266,5 +294,8 @@ OTHERS = {
     "linear": (
         peer("cuBLAS product", _cublas, _with_bias_and_the_rest),
         peer("bare product", _bare, _with_the_rest),
+    ),
+    "qkv": (
+        peer("cuBLAS product", _cublas_qkv, _with_biases),
     ),
 }  # fmt: skip

@@ -13,12 +13,9 @@
 The ops find their implementation by device. Where a module is, architectures.py says.
 """
 
-import collections
-import threading
 from typing import NamedTuple
 
 import torch
-from torch.multiprocessing import reductions
 
 from . import kernels as ops
 from .architectures import find
@@ -109,7 +106,7 @@ def embed(model, inputs, tokens, seeds):
     if _drops(parts.dropout):
         x = _drop(parts.dropout, x, tokens, seeds)
     project = architecture.project and model._modules.get(architecture.project)
-    return _product([project], x, tokens) if project else x
+    return _product(project, x, tokens) if project else x
 
 
 def asks_for_gradients(hook):
@@ -152,7 +149,7 @@ def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, ca
         o = _attend_to(part, x, tokens, seeds, memory, cache, index)
         x = _add_norm(part, part.dense, o, x, tokens, seeds)
     part = find(layer, architecture.feed_forward)
-    h = _product([part.up], x, tokens, "gelu")
+    h = _product(part.up, x, tokens, "gelu")
     return _add_norm(part, part.down, h, x, tokens, seeds)
 
 
@@ -184,7 +181,7 @@ def _again(drawn, seeds):
 
 def _attend(part, x, tokens, seeds, causal, cache, index):
     """Self attention: x [T, H] -> [T, H]."""
-    q, k, v = _products(x, tokens, part.core, part.query, part.key, part.value)
+    q, k, v = _query_key_value(part, x, tokens)
     if cache is not None:
         _keep(getattr(cache, "self_attention_cache", cache), index, k, v, tokens)
     o = ops.attention(
@@ -197,8 +194,8 @@ def _attend(part, x, tokens, seeds, causal, cache, index):
 
 def _attend_to(part, x, tokens, seeds, memory, cache, index):
     """Cross attention: x [T, H] asks, memory [Tk, H] answers -> [T, H]."""
-    (q,) = _products(x, tokens, part.core, part.query)
-    k, v = _products(memory.states, memory.tokens, part.core, part.key, part.value)
+    q = _heads(part, _product(part.query, x, tokens))
+    k, v = (_heads(part, _product(m, *memory)) for m in (part.key, part.value))
     if cache is not None:
         _keep(cache.cross_attention_cache, index, k, v, memory.tokens)
         cache.is_updated[index] = True
@@ -217,35 +214,54 @@ def _dropout_of(core, seeds):
     return {}
 
 
-def _products(x, tokens, core, *linears):
-    """The products of x [T, H] with one or more Linears of equal size: [T, heads, D] of each."""
-    y, D = _product(linears, x, tokens), core.attention_head_size
-    # Not len(x), here and in the ops: torch.export would take it for a constant.
-    return y.view(x.shape[0], len(linears), y.shape[1] // (len(linears) * D), D).unbind(1)
+def _query_key_value(part, x, tokens):
+    """x [T, H] -> [T, heads, D] of each."""
+    linears = part.query, part.key, part.value
+    packed = _frozen(linears, x, tokens)
+    if packed is not None:
+        bias = torch.cat([_parameter(m, "bias") for m in linears])
+        y = prepacked_linear(x, packed, bias).unflatten(1, (3, -1))
+    else:
+        parameters = [_parameter(m, name) for m in linears for name in ("weight", "bias")]
+        y = ops.qkv(*_autocasted(x, *parameters), num_tokens=tokens.num_tokens)
+    return _heads(part, y).unbind(1)
 
 
-def _product(linears, x, tokens, activation=None, residual=None):
-    """The product of x [T, K] with the rows of all Linears, and what `linear` does to it. Under
-    autocast it is in its dtype, like the products of stock."""
-    bias = _one_of(linears, "bias")
-    dtype = _autocast(x)
-    if dtype is None and tokens.num_tokens is None:
-        if (packed := prepacked(linears, x)) is not None:
-            return prepacked_linear(x, packed, bias, activation, residual)
-    weight = _one_of(linears, "weight")
-    if dtype is not None:
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+def _heads(part, y):
+    """y [..., H] -> [..., heads, D]"""
+    D = part.core.attention_head_size
+    # Not unflatten: torch.export would take len(y) for a constant.
+    return y.view(*y.shape[:-1], y.shape[-1] // D, D)
+
+
+def _product(linear, x, tokens, activation=None, residual=None):
+    """The product of x [T, K] with a Linear, and what `linear` does to it. Under autocast it is in
+    its dtype, like the products of stock."""
+    weight, bias = _parameter(linear, "weight"), _parameter(linear, "bias")
+    packed = _frozen((linear,), x, tokens)
+    if packed is not None:
+        return prepacked_linear(x, packed, bias, activation, residual)
+    x, weight, bias = _autocasted(x, weight, bias)
     return ops.linear(x, weight, bias, activation, residual, num_tokens=tokens.num_tokens)
 
 
-def _one_of(linears, name):
-    """Their parameters of a name as one: by way of _parameters, as in `at`, which replicas of
-    DataParallel do without."""
-    parts = []
-    for m in linears:
-        p = m._parameters.get(name)
-        parts.append(getattr(m, name) if p is None else p)
-    return parts[0] if len(parts) == 1 else as_one(*parts)
+def _frozen(linears, x, tokens):
+    """Frozen weights for a product with x, one below the other; None where there are none."""
+    if _autocast(x) is not None or tokens.num_tokens is not None:
+        return None
+    return prepacked(linears, x)
+
+
+def _parameter(linear, name):
+    """By way of _parameters, as in `at`, which replicas of DataParallel do without."""
+    p = linear._parameters.get(name)
+    return getattr(linear, name) if p is None else p
+
+
+def _autocasted(*tensors):
+    """Tensors as products take them."""
+    dtype = _autocast(tensors[0])
+    return tensors if dtype is None else [t.to(dtype) for t in tensors]
 
 
 def _autocast(x):
@@ -259,7 +275,7 @@ def _add_norm(part, linear, h, x, tokens, seeds):
     by the product, or by the dropout that follows, or under autocast, where x is wider, by
     LayerNorm."""
     drops, wider, norm = _drops(part.dropout), _autocast(x) is not None, part.norm
-    h = _product([linear], h, tokens, residual=None if drops or wider else x)
+    h = _product(linear, h, tokens, residual=None if drops or wider else x)
     if drops:
         h = _drop(part.dropout, h, tokens, seeds, residual=None if wider else x)
     h, residual = (x, h) if wider else (h, None)
@@ -280,86 +296,3 @@ def _keep(cache, index, k, v, tokens):
     """Put k and v [T, heads, D] into layer `index` of a cache, at their positions."""
     k, v = (tokens.unpack(t.flatten(1)).unflatten(2, t.shape[1:]).transpose(1, 2) for t in (k, v))
     cache.update(k, v, index)
-
-
-# -- q, k, v as one product -----------------------------------------------------------------
-_moving = threading.Lock()
-
-
-def as_one(*parts):
-    """The parameters parts [N, ...] as one tensor [len(parts) * N, ...], with no copy if possible.
-
-    The first call moves the parameters into one storage, in which they stay rows of one tensor: the
-    same parameters under the same names, no memory more, and never out of date whoever writes to
-    them. Where they cannot be moved (shared with other processes, views of someone's buffer, under
-    torch.compile or in the capture of a CUDA graph), or gradients are to reach them, they are
-    concatenated at every call.
-    """
-    wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in parts)
-    if wants_gradients or torch.compiler.is_compiling():
-        return torch.cat(parts)
-    if not _adjacent(parts):
-        with _moving:  # another thread may have moved them meanwhile
-            if not _adjacent(parts):
-                if not all(map(_movable, parts)) or _is_captured(parts[0].device):
-                    return torch.cat(parts)
-                with torch.inference_mode(False), torch.no_grad():
-                    rows = torch.cat(parts).split([len(p) for p in parts])
-                _finish_work(parts[0].device)
-                for p, row in zip(parts, rows):
-                    p.data = row
-    first = parts[0].detach()
-    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
-
-
-def _adjacent(parts):
-    """Whether parts are equal in shape and follow each other in one storage."""
-    first = parts[0]
-    start, size = first.data_ptr(), first.nbytes
-    return all(
-        p.data_ptr() == start + i * size and p.shape == first.shape and p.is_contiguous()
-        for i, p in enumerate(parts)
-    ) and first.untyped_storage().nbytes() >= size * len(parts)
-
-
-def _movable(p):
-    return (
-        isinstance(p, torch.nn.Parameter)
-        and not p.is_inference()
-        and p.untyped_storage().nbytes() == p.nbytes
-        and not _is_shared(p)
-    )
-
-
-def _is_captured(device):
-    """Whether nothing is computed now, only recorded, into memory that a replay will fill."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _finish_work(device):
-    """What other streams will read has been written, and what is freed they have read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _is_shared(p):
-    """Whether other processes have this memory. torch says so of everything on a GPU; what has been
-    sent or received is in the table of torch.multiprocessing."""
-    if p.device.type == "cpu" and p.is_shared():
-        return True
-    mine = reductions.StorageWeakRef(p.untyped_storage())
-    return any(mine == theirs for theirs in list(reductions.shared_cache.values()))
-
-
-def split_storage(model):
-    """Undo as_one: give each parameter that it moved a storage of its own, bits unchanged."""
-    sharing = collections.defaultdict(list)
-    for p in model.parameters():
-        storage = p.untyped_storage() if type(p) is torch.nn.Parameter else None
-        if storage is not None and storage.nbytes() > p.nbytes:
-            sharing[storage.data_ptr()].append(p)
-    for parts in sharing.values():
-        size = parts[0].untyped_storage().nbytes()
-        if len(parts) in (2, 3) and _adjacent(parts) and size == sum(p.nbytes for p in parts):
-            for p in parts:
-                p.data = p.data.clone()

@@ -293,7 +293,7 @@ class Graphs:
             with _recording:
                 self._pool = self._pool or _new_pool(model.device)
                 graph = _Graph(model, bucket, inputs, self._pool)
-            if self._recorded is None:  # not before: its first forward may have moved weights
+            if self._recorded is None:
                 self._recorded = _burnt_in(model)
                 self._weights = [p.detach() for p in model.parameters()]
             last = self._run(bucket, graph, inputs)

@@ -13,7 +13,6 @@ from . import frozen as frozen_weights
 from . import graphs
 from . import kernels as ops
 from .coverage import layers_of, reason_of_model
-from .encoder import split_storage
 from .modeling import STOCK, calls_of, logger, put_on
 
 ENCODERS = {fast: stock for fast, stock in STOCK.items() if hasattr(fast, "architecture")}
@@ -112,9 +111,8 @@ def restore(model):
             )
     for module in todo:
         if type(module) in ENCODERS:
-            graphs.forget(module)  # before its weights move
-            split_storage(module)
             module.__dict__.pop("_bert_fast_calls", None)
+            graphs.forget(module)
             frozen_weights.turn(module, False)
         module.__class__ = STOCK[type(module)]
     return model

@@ -54,7 +54,7 @@ def layer(hidden, heads, B, S):
     norm = ("LN", "layer_norm", {"shape": (T, hidden), "residual": False})
     lengths = {"lengths": (S,) * B, "heads": heads, "D": hidden // heads}
     return [
-        ("QKV", "linear", {"T": T, "K": hidden, "N": 3 * hidden}),
+        ("QKV", "qkv", {"T": T, "K": hidden, "N": hidden}),
         ("attention", "attention", lengths),
         ("out", "linear", {"T": T, "K": hidden, "N": hidden, "residual": True}),
         norm,

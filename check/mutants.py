@@ -580,11 +580,11 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
         "how many loads are on their way changes no number"
     ),
     # linear
-    r"linear\._accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
-    r"linear\._forward_kernel flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
-    r"linear\._accumulate number: tl\.load\(.*other=1\.0\)": "past K the other factor is 0",
+    r"linear\.accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
+    r"linear\._forward_kernel flag: accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
+    r"linear\.accumulate number: tl\.load\(.*other=1\.0\)": "past K the other factor is 0",
     r"linear\._forward_kernel name: .*, start_k, K, False, .*  ->  .*, start_k, [TN], .*": _UNUSED,
-    r"linear\._forward_kernel name: _accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
+    r"linear\._forward_kernel name: accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
         "a longer step is masked past K; the interpreter takes the largest tiles, none shorter"
     ),
     r"linear\._forward_kernel condition: if REST:  ->  if True:": (

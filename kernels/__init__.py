@@ -27,13 +27,15 @@ else:
     from .linear import SPEC as LINEAR
     from .linear import linear
     from .packing import PACK, UNPACK, Packing, pack, unpack
+    from .qkv import SPEC as QKV
+    from .qkv import qkv
 
     SPECS = (
         ATTENTION, ATTENTION_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD, GELU, DROPOUT, LINEAR,
-        EMBEDDING, PACK, UNPACK,
+        QKV, EMBEDDING, PACK, UNPACK,
     )  # fmt: skip
 
 __all__ = [
     "SPECS", "Packing", "attention", "attention_backward", "backend", "dropout", "embedding",
-    "gelu", "layer_norm", "layer_norm_backward", "linear", "missing", "pack", "unpack",
+    "gelu", "layer_norm", "layer_norm_backward", "linear", "missing", "pack", "qkv", "unpack",
 ]

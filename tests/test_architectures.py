@@ -132,7 +132,6 @@ def test_accelerate_then_restore_leaves_class_weights_and_results_as_they_were(n
     assert [type(m) for m in back.modules()] == [type(m) for m in stock.modules()]
     for (key, p), (_, q) in zip(back.state_dict().items(), stock.state_dict().items(), strict=True):
         assert torch.equal(p, q), key
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in back.parameters())
     with torch.no_grad():
         assert torch.equal(back(**inputs)[0], stock(**inputs)[0])
 

@@ -13,6 +13,7 @@ import sentence_transformers
 import torch
 import transformers
 from models import B, S, assert_ran_fast, fast_calls, ids_of, masks, stock_model
+from safetensors.torch import load_file, load_model, save_model
 
 import bert_fast
 from bert_fast.checkpoints import SHIPPED
@@ -126,6 +127,19 @@ def test_a_device_map_loads_and_runs(shipped):
             fast(**inputs).logits, stock(**inputs).logits, atol=1e-5, rtol=0
         )
     assert_ran_fast(fast)
+
+
+@torch.no_grad()
+def test_tools_that_look_at_storages_save_every_weight(tmp_path):
+    """They leave out a tensor that shares its storage with another."""
+    fast = bert_fast.accelerate(stock_model())
+    fast(ids_of())
+    accelerate.Accelerator(cpu=True).save_model(fast, tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == fast.state_dict().keys()
+    save_model(fast, tmp_path / "whole.safetensors")
+    other = transformers.BertModel(fast.config).eval()
+    load_model(other, tmp_path / "whole.safetensors")
+    torch.testing.assert_close(other(ids_of())[0], fast(ids_of())[0], atol=1e-5, rtol=0)
 
 
 def test_offloaded_weights_run_stock_and_the_hooks_are_named(device):

@@ -352,16 +352,3 @@ def test_torch_compile_takes_cross_attention_in_one_graph(device):
             for m in (compiled, fast)
         )
     torch.testing.assert_close(ours, eager, atol=1e-5, rtol=0)
-
-
-def test_restore_gives_keys_and_values_of_cross_attention_their_storage_back(device):
-    _, fast = crossing("BertModel", device)
-    with torch.no_grad():
-        fast(ids_of(device), encoder_hidden_states=states_of(device), use_cache=False)
-    assert_ran_fast(fast)
-    attention = fast.encoder.layer[0].crossattention.self
-    places = [m.weight.untyped_storage().data_ptr() for m in (attention.key, attention.value)]
-    assert places[0] == places[1]
-    bert_fast.restore(fast)
-    for p in fast.parameters():
-        assert p.untyped_storage().nbytes() == p.nbytes

@@ -1,0 +1,292 @@
+"""Query, key and value of self-attention: three products with the same rows, in one launch.
+
+    y_i = x W_i^T + b_i        i = 0, 1, 2: query, key, value
+
+Shapes     x [T, K], each weight [N, K], each bias [N]; y [T, 3, N], in memory [3, T, N].
+Precision  As linear's. A number of y has the bits that linear gives it.
+Batches    As linear's.
+CPU        Three products of linear's.
+Backward   dx = sum over i of dy_i W_i, as one product over 3 N; dW_i = dy_i^T x, db_i = sum of dy_i
+           over rows. Products of torch in the dtype of x.
+Source     Vaswani et al., Attention Is All You Need, 2017, section 3.2.2. Checkpoints have three
+           weights; side by side in one tensor they would be a copy, which ages, or parameters that
+           share a storage, which tools that save them take for one.
+"""
+
+import torch
+
+from . import launch
+from .launch import DTYPES, ceil_div, once_differentiable, show, tl, triton
+from .linear import accumulate, linear_ref, matmul, onednn_takes, plain_rows, tile_of
+from .spec import Spec
+
+
+# -- reference ------------------------------------------------------------------------------
+def qkv_ref(
+    x, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, num_tokens=None
+):
+    query = linear_ref(x, query_weight, query_bias)
+    key = linear_ref(x, key_weight, key_bias)
+    value = linear_ref(x, value_weight, value_bias)
+    return torch.stack((query, key, value), 1)
+
+
+# -- kernels --------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _forward_kernel(
+    x_ptr,  # [T, K]
+    query_weight_ptr, key_weight_ptr, value_weight_ptr,  # [N, K], contiguous
+    query_bias_ptr, key_bias_ptr, value_bias_ptr,  # [N]
+    num_tokens_ptr,  # [1] or None
+    y_ptr,  # [3, T, N], contiguous
+    stride_xt,
+    T, N, K,
+    PRECISION: tl.constexpr,
+    REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """Program (m, i, n) takes tile (m, n) of y_i. Neighbours differ in n, then in i: x comes from
+    memory once."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    start_m = pid // (3 * blocks_n) * BLOCK_M
+    i = pid // blocks_n % 3
+    start_n = pid % blocks_n * BLOCK_N
+    rows = T
+    if num_tokens_ptr is not None:
+        rows = tl.minimum(tl.load(num_tokens_ptr), T)
+        if start_m >= rows:
+            return
+    weight_ptr, bias_ptr = query_weight_ptr, query_bias_ptr
+    if i == 1:
+        weight_ptr, bias_ptr = key_weight_ptr, key_bias_ptr
+    if i == 2:
+        weight_ptr, bias_ptr = value_weight_ptr, value_bias_ptr
+
+    # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    rows_m = tl.minimum(offs_m, rows - 1).to(tl.int64)  # row * stride may pass 2^31
+    rows_y = i.to(tl.int64) * T + rows_m
+    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
+    x_ptrs = x_ptr + rows_m[:, None] * stride_xt
+    weight_ptrs = weight_ptr + rows_n[None, :] * K
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    full = K // BLOCK_K * BLOCK_K
+    for start_k in range(0, full, BLOCK_K):
+        acc = accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
+    if REST:
+        acc = accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
+
+    mask_n = offs_n < N
+    y = acc + tl.load(bias_ptr + offs_n, mask=mask_n)[None, :]
+    tl.store(y_ptr + rows_y[:, None] * N + offs_n[None, :], y, mask=(offs_m < rows)[:, None] & mask_n[None, :])
+
+
+# -- launchers ------------------------------------------------------------------------------
+def _config(T, N, K, itemsize, precision):
+    config = tile_of(T, N, itemsize, precision, launch.arch(), launch.multiprocessors(), parts=3)
+    key = {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
+    return launch.configuration("qkv", config, rows=T, **key)
+
+
+def _forward(y, x, qw, qb, kw, kb, vw, vb, num_tokens):
+    x, stride_xt = launch.rows(x)
+    (T, K), N = x.shape, qw.shape[0]
+    precision = launch.precision(x)
+    config = _config(T, N, K, x.itemsize, precision)
+    tiles = ceil_div(T, config["BLOCK_M"]) * 3 * ceil_div(N, config["BLOCK_N"])
+    if tiles:
+        launch.start(
+            _forward_kernel, tiles,
+            x, *(t.contiguous() for t in (qw, kw, vw, qb, kb, vb)), num_tokens, y,
+            stride_xt, T, N, K,
+            PRECISION=precision, REST=K % config["BLOCK_K"] != 0, **config,
+        )  # fmt: skip
+
+
+def _plain(x, qw, qb, kw, kb, vw, vb, num_tokens):
+    y = _empty(x, qw)
+    x, of_tokens = launch.head(num_tokens, x, y)
+    for i, (weight, bias) in enumerate(((qw, qb), (kw, kb), (vw, vb))):
+        if x.itemsize == 2 or onednn_takes(x, weight, None):
+            of_tokens[:, i] = plain_rows(x, weight, bias, None, None)
+        else:
+            torch.addmm(bias, x, weight.mT, out=of_tokens[:, i])
+    return y
+
+
+def _plain_backward(dy, x, qw, kw, vw, num_tokens, needs_x, needs_weights):
+    T = x.shape[0]
+    dy, x = launch.head(num_tokens, dy, x)
+    none = x.new_empty(0)
+    dx = launch.pad_rows(matmul(dy.flatten(1), torch.cat((qw, kw, vw))), T) if needs_x else none
+    of_parts = []
+    for part in dy.unbind(1):
+        of_parts += (matmul(part.mT, x), part.sum(0)) if needs_weights else (none, none)
+    return dx, *of_parts
+
+
+# -- registration ---------------------------------------------------------------------------
+def _empty(x, weight, *_):
+    """Each y_i is contiguous: three products of a CPU take as long as one so, and not else."""
+    T, N = x.shape[0], weight.shape[0]
+    return x.new_empty_strided((T, 3, N), (N, T * N, 1))
+
+
+_qkv = launch.define(
+    "qkv(Tensor x, Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor key_bias,"
+    " Tensor value_weight, Tensor value_bias, Tensor? num_tokens) -> Tensor",
+    outputs=_empty,
+    launch=_forward,
+    plain=_plain,
+)
+
+
+def _outputs_of_backward(dy, x, qw, kw, vw, num_tokens, needs_x, needs_weights):
+    of_parts = []
+    for weight in (qw, kw, vw):
+        shapes = (weight.shape, weight.shape[:1]) if needs_weights else (0, 0)
+        of_parts += [x.new_empty(shape) for shape in shapes]
+    return x.new_empty(x.shape if needs_x else 0), *of_parts
+
+
+_qkv_backward = launch.define_plain(
+    "qkv_backward(Tensor dy, Tensor x, Tensor query_weight, Tensor key_weight,"
+    " Tensor value_weight, Tensor? num_tokens, bool needs_x, bool needs_weights) -> (Tensor dx,"
+    " Tensor dquery_weight, Tensor dquery_bias, Tensor dkey_weight, Tensor dkey_bias,"
+    " Tensor dvalue_weight, Tensor dvalue_bias)",
+    outputs=_outputs_of_backward,
+    plain=_plain_backward,
+)
+
+
+class _QKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, qw, qb, kw, kb, vw, vb, num_tokens):
+        ctx.save_for_backward(x, qw, kw, vw, num_tokens)
+        return _qkv(x, qw, qb, kw, kb, vw, vb, num_tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, *others, num_tokens = ctx.saved_tensors
+        needs_x, *needs_parts, _ = ctx.needs_input_grad
+        # The op is for torch.compile, which is to see none of it, and against autocast.
+        hides = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        backward = _qkv_backward if hides or num_tokens is not None else _plain_backward
+        grads = backward(dy, x, *others, num_tokens, needs_x, any(needs_parts))
+        needs = needs_x, *needs_parts
+        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None
+
+
+# -- public op ------------------------------------------------------------------------------
+def qkv(
+    x, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, num_tokens=None
+):
+    """The products of x with three weights, side by side.
+
+    x             [T, K], fp32, fp16 or bf16
+    query_weight, key_weight, value_weight   [N, K], dtype of x
+    query_bias, key_bias, value_bias         [N], dtype of x
+    num_tokens    [1] integer on the device of x: rows past it have no part in the result, and are
+                  not written there; None takes all rows
+
+    Returns [T, 3, N] in the dtype of x; y[:, i] is contiguous. Differentiable once, in all but num_tokens.
+    Rows of x may lie any even distance apart; an input laid out otherwise is copied first. Raises
+    ValueError for any other shape or dtype.
+    """
+    if x.ndim != 2 or x.dtype not in DTYPES:
+        raise ValueError(f"qkv: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
+    K, dtype = x.shape[1], x.dtype
+    if query_weight.ndim != 2 or query_weight.shape[1] != K or query_weight.dtype != dtype:
+        want = f"{show(dtype)}[N, {K}]"
+        raise ValueError(f"qkv: query_weight must be {want}, got {show(query_weight)}")
+    N = query_weight.shape[0]
+    for name, t, shape in (
+        ("query_bias", query_bias, (N,)),
+        ("key_weight", key_weight, (N, K)), ("key_bias", key_bias, (N,)),
+        ("value_weight", value_weight, (N, K)), ("value_bias", value_bias, (N,)),
+    ):  # fmt: skip
+        if t.shape != shape or t.dtype != dtype:
+            raise ValueError(f"qkv: {name} must be {show(dtype)}{[*shape]}, got {show(t)}")
+    launch.check_num_tokens("qkv", num_tokens)
+    args = (
+        x, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, num_tokens
+    )
+    return _QKV.apply(*args) if torch.is_grad_enabled() else _qkv(*args)
+
+
+# -- spec -----------------------------------------------------------------------------------
+PARTS = "query", "key", "value"
+
+
+def _inputs(dtype, device, T, K, N, scale=1.0):
+    inputs = {"x": (scale * torch.randn(T, K, device=device)).to(dtype)}
+    for part in PARTS:
+        weight = torch.randn(N, K, device=device) / max(K, 1) ** 0.5
+        inputs[f"{part}_weight"] = weight.to(dtype)
+        inputs[f"{part}_bias"] = torch.randn(N, device=device).to(dtype)
+    return inputs
+
+
+SIZES = (1, 2, 3, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129)
+
+
+def _fuzz(rng):
+    case = {"T": rng.choice((0, *SIZES)), "K": rng.choice(SIZES), "N": rng.choice(SIZES)}
+    if rng.random() < 0.3:
+        case["scale"] = rng.choice((1e-6, 0.1, 100.0))
+    return case
+
+
+def _cost(itemsize, T, K, N, **_):
+    return 3 * T * N * (2 * K + 1), (T * K + 3 * (N * K + N + T * N)) * itemsize
+
+
+BASE, LARGE = 768, 1024
+
+SPEC = Spec(
+    fn=qkv,
+    ref=qkv_ref,
+    inputs=_inputs,
+    cost=_cost,
+    cases=(
+        {"T": 128, "K": 130, "N": 72},
+        {"T": 131, "K": 96, "N": 136},  # tiles of three rows, of eight columns
+        {"T": 257, "K": 16, "N": 130},
+        {"T": 3, "K": 1024, "N": 7},
+        {"T": 1, "K": 1, "N": 1},
+        {"T": 0, "K": 128, "N": 128},
+        {"T": 37, "K": 128, "N": 128},  # enough for oneDNN
+    ),
+    fuzz=_fuzz,
+    whole={"T": 128, "K": 256, "N": 128},
+    huge=(
+        {"T": 2**20 + 3, "K": 2**11, "N": 64},  # x
+        {"T": 2**19 + 3, "K": 64, "N": 2**11},  # y
+        {"T": 64, "K": 2**12, "N": 2**20 + 3},  # weight
+    ),
+    bench=(
+        {"T": 16384, "K": BASE, "N": BASE},
+        {"T": 16384, "K": LARGE, "N": LARGE},
+        {"T": 128, "K": BASE, "N": BASE},  # one sequence of 128
+        {"T": 16384, "K": 384, "N": 384},
+    ),
+    rejects={
+        "x must be fp32, fp16 or bf16 [T, K], got float32[8]": {"x": torch.ones(8)},
+        "query_weight must be float32[N, 130], got float32[8, 7]": {
+            "query_weight": torch.ones(8, 7)
+        },
+        "query_bias must be float32[72], got float32[1, 72]": {"query_bias": torch.ones(1, 72)},
+        "key_weight must be float32[72, 130], got float64[72, 130]": {
+            "key_weight": torch.ones(72, 130).double()
+        },
+        "key_bias must be float32[72], got float32[3]": {"key_bias": torch.ones(3)},
+        "value_weight must be float32[72, 130], got float32[72]": {"value_weight": torch.ones(72)},
+        "value_bias must be float32[72], got float32[]": {"value_bias": torch.tensor(1.0)},
+        "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
+    },
+    packed=("x",),
+    rounds_backward=True,
+)
