@@ -22,8 +22,6 @@ BIN := .venv/bin
 
 # The folder kernels/ must not be importable as `kernels`, a distribution that transformers looks for.
 export PYTHONSAFEPATH := 1
-# Triton 3.10 turns the fusion of a * b + c off; the kernels are written and checked with it on.
-export TRITON_DEFAULT_FP_FUSION := 1
 
 INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tests/test_check.py \
 	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py \

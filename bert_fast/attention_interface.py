@@ -8,7 +8,8 @@ forward, what every layer's `attend` is then given as attention_mask:
     None        every key is seen, or with module.is_causal those up to the query: as for sdpa
     [B, Sk]     which keys are tokens; every query sees all of them
     [B, 1, S]   which queries and keys are tokens; a query sees those up to itself
-    4-D         anything else, as sdpa takes it: transformers' own sdpa runs then
+    4-D         anything else, as sdpa takes it: transformers' own sdpa runs then, or, where it
+                does not know a keyword or probabilities are asked for, the model's eager attention
 
 Keys and values are packed to the tokens, and queries too where attention is causal, as it is then
 of a sequence to itself. Elsewhere a mask says nothing of queries: it may be that of an encoder
@@ -16,12 +17,12 @@ which a decoder reads. So a padded query has stock's numbers there, and zeros wh
 """
 
 import functools
+import sys
 
 import torch
 import transformers
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from . import kernels as ops
 from .encoder import Tokens
@@ -107,13 +108,14 @@ def attend(
     reason = _reason(query, key, value, attention_mask, causal, kwargs)
     if not torch.compiler.is_compiling() and calls_of(module).count(reason):
         _say(reason)
-    if reason == "output_attentions":
+    if reason in EAGER:
         mask = _as_sdpa_takes_it(attention_mask, S)
         if mask is None and causal:
             mask = torch.ones(S, Sk, dtype=torch.bool, device=query.device).tril()[None, None]
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
-        return eager_attention_forward(module, query, key, value, mask, scaling, dropout)
+        eager = _eager_of(type(module), reason)
+        return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     if reason is not None:
         mask = _as_sdpa_takes_it(attention_mask, S)
         return sdpa_attention_forward(
@@ -141,6 +143,24 @@ def attend(
     return queries.unpack(o.flatten(1)).unflatten(2, o.shape[1:]), None
 
 
+# What transformers' sdpa does not know: the attention that the model has of its own runs.
+EAGER = {"output_attentions", "keyword softcap", "keyword s_aux"}
+
+
+@torch.compiler.assume_constant_result
+def _eager_of(kind, reason):
+    """The eager attention of the model that the attention class `kind` is of. Raises ValueError
+    where it has none in the usual place."""
+    own = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+    if own is None:
+        raise ValueError(
+            f'attn_implementation="{NAME}": {kind.__name__} was called with'
+            f" {reason.removeprefix('keyword ')}, which these kernels do not have; load the model"
+            ' with attn_implementation="eager"'
+        )
+    return own
+
+
 @functools.cache  # a model has many attentions
 def _say(reason):
     logger.warning("bert_fast: transformers' own attention runs: %s", reason)
@@ -148,13 +168,13 @@ def _say(reason):
 
 def _reason(query, key, value, mask, causal, kwargs):
     """Why the kernels do not cover this call; None where they do."""
-    if kwargs.get("output_attentions") and key.shape[1] == query.shape[1]:
+    if kwargs.get("output_attentions"):
         return "output_attentions"
-    if mask is not None and mask.ndim == 4:
-        return "4-D attention_mask"
-    for name in ("position_bias", "softcap", "cache", "s_aux"):
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
         if kwargs.get(name) is not None:
             return f"keyword {name}"
+    if mask is not None and mask.ndim == 4:
+        return "4-D attention_mask"
     if reason := ops.missing(query.device):
         return reason
     if query.dtype not in DTYPES:

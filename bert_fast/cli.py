@@ -8,6 +8,7 @@ fault that the input is not to blame for, 130 after Ctrl-C.
 
 import copy
 import enum
+import io
 import itertools
 import json
 import operator
@@ -150,8 +151,10 @@ def embed(
     embeddings = encode(ids, bert, pooling.value, batch_tokens, _progress("embedding"))
 
     if output is not None:
-        with output.open("wb") as file:  # np.save would add .npy to another name
-            np.save(file, embeddings.numpy())
+        array = io.BytesIO()  # np.save would add .npy to another name, and wants to seek
+        np.save(array, embeddings.numpy())
+        with output.open("wb") as file:
+            file.write(array.getbuffer())
         _say(f"wrote float32{list(embeddings.shape)} to {output}")
     elif as_json:
         document = {
@@ -209,7 +212,7 @@ def _texts(arguments):
         for text in arguments:
             if text == "-":
                 sys.stdin.reconfigure(encoding="utf-8-sig")
-                texts += [line.rstrip("\n") for line in sys.stdin]
+                texts += [line.rstrip("\r\n") for line in sys.stdin]
             else:
                 text.encode()
                 texts.append(text)

@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers.activations import ACT2FN
 
 from .architectures import ARCHITECTURES, at
@@ -23,9 +24,12 @@ except ImportError:
     output_capturing = None
 
 EXACT_GELU = type(ACT2FN["gelu"])
-MODULES = {  # what an encoder may be made of: exactly these, no subclass
-    nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, EXACT_GELU,
-}.union(*(architecture.classes() for architecture in ARCHITECTURES))  # fmt: skip
+MODULES = {  # what an encoder may be made of: exactly these, no subclass, and their forwards
+    kind: kind.forward
+    for kind in {
+        nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, EXACT_GELU,
+    }.union(*(architecture.classes() for architecture in ARCHITECTURES))
+}  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
@@ -54,7 +58,7 @@ def reason_of_call(model, inputs, kwargs):
     states = inputs.encoder_hidden_states
     if states is not None and not decodes(model):
         return "encoder_hidden_states in an encoder"
-    if decodes(model) and (states is not None) != _crosses(model):
+    if decodes(model) and (states is not None) != crosses(model):
         if states is None:
             return "cross-attention layers without encoder_hidden_states"
         return "encoder_hidden_states without config.add_cross_attention"
@@ -68,7 +72,8 @@ def reason_of_call(model, inputs, kwargs):
             return f"{mask.ndim}-D {name}"
     for name, value in kwargs.items():
         if name not in HARMLESS and value is not None:
-            return f"keyword {name}"
+            if name != "token_type_ids" or model.architecture.embeddings.token_type:
+                return f"keyword {name}"  # DistilBERT ignores it, as stock does
     return None
 
 
@@ -77,10 +82,9 @@ def decodes(model):
     return model.architecture.cross_attention is not None and bool(model.config.is_decoder)
 
 
-def _crosses(model):
+def crosses(model):
     """Whether the layers have cross attention."""
-    layers = model.architecture.layers(model)
-    return any(len(model.architecture.attentions(layer)) == 2 for layer in layers)
+    return any(len(model.architecture.attentions(layer)) == 2 for layer in layers_of(model))
 
 
 def caches(model, inputs):
@@ -139,13 +143,51 @@ def reason_of_model(model):
         return "torch.func or forward-mode AD"
     if torch.compiler.is_compiling() and any(map(checkpoints, layers_of(model))):
         return "gradient checkpointing under torch.compile"
-    if torch.compiler.is_dynamo_compiling():  # it runs hooks, or breaks the graph for them
-        return _first_reason(model, dtype, device, hooks=False)
+    if torch.compiler.is_dynamo_compiling():
+        # It traces no look at hooks, and would run none on modules that are not called.
+        return _first_reason(model, dtype, device, hooks=False) or _reason_of_hooks(model)
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "global module hooks"
     if output_capturing is not None and output_capturing._active_collector.get():
         return "an outer model records outputs of these modules"
-    return _first_reason(model, dtype, device, hooks=True)
+    return _first_reason(model, dtype, device, hooks=True) or _reason_of_buffers(model)
+
+
+@torch.compiler.assume_constant_result
+def _reason_of_hooks(model):
+    """As it is traced: hooks that come later are not seen, as nowhere under torch.compile."""
+    for path, module in model.named_modules():
+        if module is not model and path.partition(".")[0] != "pooler":
+            hooks = [h for name in HOOKS for h in getattr(module, name).values()]
+            if not all(map(_is_harmless, hooks)):
+                return f"{path}: hooks, which the kernels would not run"
+    return None
+
+
+_counting = WeakIdKeyDictionary()  # buffers: their version when they were looked at, and if they do
+
+
+def _reason_of_buffers(model):
+    """Where a call says no positions or token types, stock has buffers of them, which somebody may
+    have replaced; the kernels count, and take type 0. Their numbers are looked at once."""
+    embeddings = model._modules["embeddings"]
+    for name, counts in (("position_ids", model.architecture.position_ids is None),
+                         ("token_type_ids", False)):  # fmt: skip
+        t = embeddings._buffers.get(name)
+        if type(t) is not torch.Tensor or t.is_meta or (name == "position_ids" and not counts):
+            continue
+        version = None if t.is_inference() else t._version
+        if _counting.get(t, (-1,))[0] != version:
+            if t.is_cuda and torch.cuda.is_current_stream_capturing():
+                continue
+            usual = torch.arange(t.shape[-1]) if counts else torch.zeros(t.shape[-1])
+            same = (t.cpu() == usual).all()
+            if type(same) is not torch.Tensor:  # in a mode of fake tensors
+                continue
+            _counting[t] = version, bool(same)
+        if not _counting[t][1]:
+            return f"embeddings.{name} with other numbers than usual"
+    return None
 
 
 def is_transformed():
@@ -234,6 +276,8 @@ def _reason_of_module(module, dtype, device_index, hooks):
     state = module.__dict__
     if "forward" in state and state["forward"] != kind.forward.__get__(module):
         return "forward replaced on the module"
+    if kind.forward is not MODULES[kind]:
+        return f"forward replaced on {kind.__qualname__}"
     if hooks and (  # spelled out: a loop over HOOKS takes three times as long
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]

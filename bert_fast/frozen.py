@@ -6,9 +6,11 @@ thirds of the time, those of 128 tokens 0.95 of it. Without AVX-512 only inputs 
 (linear.py) run on the copy, at 0.6 to 1.0 of the time. Of 16 bits that the CPU has no instructions
 for, the copy is in fp32, which spares converting the weight at each product of any size.
 
-A change of the weights is noticed where PyTorch counts it (load_state_dict, an optimizer's step,
-`.to()`, any in-place operation on a parameter), and the copy is made anew. A write through `.data`
-is not counted. So accelerate(model, frozen=True) has to be asked for.
+A change of the weights is noticed where PyTorch counts it (load_state_dict, `.to()`, any in-place
+operation on a parameter), and the copy is made anew. Writes through `.data` are not counted, nor
+are steps of fused optimizers. So a forward with gradients, which comes before such a step, drops
+copies too, and so does one on the stock forward, as while adapters are in. Nobody hears of other
+writes through `.data`: so accelerate(model, frozen=True) has to be asked for.
 """
 
 import torch
@@ -47,9 +49,9 @@ def prepacked(linears, x):
     """The weights of Linears in oneDNN's layout, for a product with x [T, K]; None where they are
     not frozen, or oneDNN has no part in this product, or gradients may be asked for."""
     kept = linears[0].__dict__.get(NAME)
-    if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if kept is None or torch.compiler.is_compiling():
         return None
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.is_grad_enabled():
         kept.drop()
         return None
     weights = [m.weight for m in linears]
@@ -61,13 +63,25 @@ def prepacked(linears, x):
 def turn(model, on):
     """Freeze the weights of an encoder or not; whether that changes anything."""
     changed = on != is_frozen(model)
-    for m in model.modules():
-        if type(m) is nn.Linear and changed:
-            m.__dict__.pop(NAME, None)
-            if on:
-                m.__dict__[NAME] = Prepacked()
+    if changed:
+        model.__dict__.pop(NAME, None)
+        if on:
+            model.__dict__[NAME] = True
+        for m in model.modules():
+            if type(m) is nn.Linear:
+                m.__dict__.pop(NAME, None)
+                if on:
+                    m.__dict__[NAME] = Prepacked()
     return changed
 
 
 def is_frozen(model):
-    return any(NAME in m.__dict__ for m in model.modules())
+    return NAME in model.__dict__
+
+
+def drop_copies(model):
+    """Of an encoder's weights: they are made anew where they are needed."""
+    if is_frozen(model):
+        for m in model.modules():
+            if m is not model and NAME in m.__dict__:
+                m.__dict__[NAME].drop()

@@ -21,6 +21,7 @@ from transformers.utils import TransformersKwargs
 from .architectures import BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA, at
 from .coverage import asked, caches, decodes, reason_of_call, reason_of_model
 from .encoder import Memory, Tokens, checkpointed, checkpoints, embed, layer_forward
+from .frozen import drop_copies
 from .graphs import bucket_of, graphs_of
 from .inputs import Inputs, check
 from .kernels.dropout import new_seeds
@@ -88,7 +89,7 @@ class _Encoder:
     Two things differ. Positions that the attention mask excludes are zeros in `last_hidden_state`
     and `hidden_states`, where the stock model has numbers without a meaning; a sequence that has no
     token at all is zeros too. And a call fails with a ValueError that says why where the stock
-    model would fail later, or not at all: for an attention_mask that does not fit the input, ids
+    model would fail later, or not at all: for an attention_mask of another batch size, ids
     outside their tables (on the CPU), more positions than the model has, and tensors that are not
     on the model's device.
     """
@@ -108,6 +109,8 @@ class _Encoder:
         elif calls_of(self).count(reason):
             _say(reason)
         if reason is not None:
+            if not torch.compiler.is_compiling():
+                drop_copies(self)
             return stock_forward(**inputs, **kwargs)
         last = graphs.result(self, bucket, given, played) if bucket else None
         if last is not None:
@@ -273,7 +276,8 @@ class _Head:
 
     def __init__(self, config):
         super().__init__(config)
-        put_on(self.base_model)
+        if type(self.base_model) not in STOCK:  # unless somebody put ours in transformers' place
+            put_on(self.base_model)
 
     def __init_subclass__(cls):
         super().__init_subclass__()

@@ -12,7 +12,8 @@ import transformers
 from . import frozen as frozen_weights
 from . import graphs
 from . import kernels as ops
-from .coverage import layers_of, reason_of_model
+from .coverage import crosses, decodes, layers_of, reason_of_call, reason_of_model
+from .inputs import Inputs
 from .modeling import STOCK, calls_of, logger, put_on
 
 ENCODERS = {fast: stock for fast, stock in STOCK.items() if hasattr(fast, "architecture")}
@@ -20,21 +21,23 @@ REPLACED = "forward was replaced on the module, by torch.compile, Accelerate's h
 UNDO = "undo that (`del module.forward`, or accelerate.hooks.remove_hook_from_module(module))"
 
 
-def accelerate(model, cuda_graphs=True, frozen=False):
+def accelerate(model, cuda_graphs=None, frozen=None):
     """Put the kernels into every transformers.BertModel inside `model`, in place, and likewise into
     RobertaModel, XLMRobertaModel, CamembertModel, ElectraModel and DistilBertModel.
 
     model        any torch.nn.Module: a BertModel, a BERT with a head, a SentenceTransformer, ...
     cuda_graphs  whether forwards on a GPU are recorded and replayed where their kernels take longer
-                 to launch than to run, as graphs.py says; what they take is memory
+                 to launch than to run, as graphs.py says; what they take is memory. None leaves it
+                 as it is, which is on at first.
     frozen       whether the weights will not be written to any more: on a CPU products then run on
-                 a copy of them, which is faster for short inputs, as frozen.py says
+                 a copy of them, which is faster for short inputs, as frozen.py says. None leaves it
+                 as it is, which is off at first.
 
     Returns model. Weights, names and outputs stay; a module's class becomes the bert_fast class of
-    its name. Of a model that has been accelerated the two options change, or a log line says that
-    there is nothing to do. A log line names an encoder whose forward somebody has replaced on the
-    module, as the kernels are not asked there. Raises ValueError if there is nothing to accelerate
-    in it, naming what was found.
+    its name. Of a model that has been accelerated the two options change where they are given, or a
+    log line says that there is nothing to do. A log line names an encoder whose forward somebody
+    has replaced on the module, as the kernels are not asked there. Raises ValueError if there is
+    nothing to accelerate in it, naming what was found, and TypeError for what is no module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -51,9 +54,13 @@ def accelerate(model, cuda_graphs=True, frozen=False):
         )
     for module in todo:
         put_on(module)
-    changed = [
-        graphs.turn(m, cuda_graphs) | frozen_weights.turn(m, frozen) | _uncover(m) for m in encoders
-    ]
+    changed = []
+    for module in encoders:
+        if cuda_graphs is not None:
+            changed.append(graphs.turn(module, cuda_graphs))
+        if frozen is not None:
+            changed.append(frozen_weights.turn(module, frozen))
+        changed.append(_uncover(module))
     for path, module in model.named_modules():
         if module in encoders and _hides_kernels(module):
             logger.warning(
@@ -201,7 +208,7 @@ def report(model):
         if isinstance(module, tuple(ENCODERS)):
             weight = next(module.parameters())
             hidden = "forward replaced on the module" if _hides_kernels(module) else None
-            reason = hidden or reason_of_model(module)
+            reason = hidden or _reason_of_plain_call(module) or reason_of_model(module)
             calls = calls_of(module)
             held = graphs.graphs_of(module) if graphs.there_are(weight.device) else None
             swapped.append(
@@ -220,11 +227,17 @@ def report(model):
                     cuda_graphs_off=held and held.off,
                 )
             )
-        elif isinstance(module, tuple(ENCODERS.values())):
+        elif type(module) in ENCODERS.values():
             stock.append(path)
         elif "_bert_fast_calls" in vars(module):
             attention.append(calls_of(module))
     return Report(type(model).__name__, tuple(swapped), tuple(stock), _sum_up(attention))
+
+
+def _reason_of_plain_call(module):
+    """As of a call with nothing but what it must have."""
+    states = torch.empty(0) if decodes(module) and crosses(module) else None
+    return reason_of_call(module, Inputs(encoder_hidden_states=states), {})
 
 
 def _sum_up(calls):

@@ -19,7 +19,6 @@ from pathlib import Path
 # folder kernels/ would hide a distribution of the same name that transformers imports.
 sys.path[0] = str(Path(__file__).resolve().parent)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as make sets it
 
 from bert_fast import kernels
 from bert_fast.kernels.launch import HAS_TRITON

@@ -256,6 +256,8 @@ def runs(q, k, cu_seqlens, cu_seqlens_k):
     cu_q = cu_seqlens.tolist()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
     for name, cu, rows in (("cu_seqlens", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
+        if cu[0] != 0 or sorted(cu) != cu:
+            raise ValueError(f"attention: {name} must ascend from 0, got {cu}")
         if cu[-1] > rows:
             raise ValueError(f"attention: {name} must end at {rows} rows or before, got {cu[-1]}")
     lengths = zip(

@@ -215,6 +215,7 @@ def pad_rows(t, M):
 _compiled = {}  # what `start` has launched: (compiled kernel, its constexprs)
 _free = {}  # id: (kernel, of each argument whether a new value compiles nothing anew)
 _run = HAS_TRITON and triton.JITFunction.run
+FUSED = {"enable_fp_fusion": True}  # a * b + c is one instruction; from Triton 3.10 on not unasked
 
 
 def start(kernel, programs, *args, **options):
@@ -229,7 +230,7 @@ def start(kernel, programs, *args, **options):
     too, so there, and where something is in the place of its run, a launch is left to Triton.
     """
     if INTERPRET or torch.version.hip or triton.JITFunction.run is not _run:
-        kernel[(programs,)](*args, **options)
+        kernel[(programs,)](*args, **options, **FUSED)
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
@@ -251,7 +252,7 @@ def start(kernel, programs, *args, **options):
     if found is None:
         if len(_compiled) >= 10000:  # strides without end
             _compiled.clear()
-        compiled = kernel[(programs,)](*args, **options)
+        compiled = kernel[(programs,)](*args, **options, **FUSED)
         _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
         return
     compiled, constants = found

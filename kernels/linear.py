@@ -309,7 +309,7 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
         _persistent_kernel[(min(tiles, _places(*gpu, x.itemsize, **config)),)](
             TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
             TensorDescriptor(weight, (N, K), (stride_wn, 1), (N_, K_)),
-            bias, residual, num_tokens, y, stride_rt, T, N, K, **shared,
+            bias, residual, num_tokens, y, stride_rt, T, N, K, **shared, **launch.FUSED,
         )  # fmt: skip
     elif tiles:
         launch.start(

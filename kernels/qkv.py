@@ -80,7 +80,8 @@ def _forward_kernel(
 
     mask_n = offs_n < N
     y = acc + tl.load(bias_ptr + offs_n, mask=mask_n)[None, :]
-    tl.store(y_ptr + rows_y[:, None] * N + offs_n[None, :], y, mask=(offs_m < rows)[:, None] & mask_n[None, :])
+    mask = (offs_m < rows)[:, None] & mask_n[None, :]
+    tl.store(y_ptr + rows_y[:, None] * N + offs_n[None, :], y, mask=mask)
 
 
 # -- launchers ------------------------------------------------------------------------------
@@ -192,9 +193,9 @@ def qkv(
     num_tokens    [1] integer on the device of x: rows past it have no part in the result, and are
                   not written there; None takes all rows
 
-    Returns [T, 3, N] in the dtype of x; y[:, i] is contiguous. Differentiable once, in all but num_tokens.
-    Rows of x may lie any even distance apart; an input laid out otherwise is copied first. Raises
-    ValueError for any other shape or dtype.
+    Returns y [T, 3, N] in the dtype of x; y[:, i] is contiguous. Differentiable once, in all but
+    num_tokens. Rows of x may lie any even distance apart; an input laid out otherwise is copied
+    first. Raises ValueError for any other shape or dtype.
     """
     if x.ndim != 2 or x.dtype not in DTYPES:
         raise ValueError(f"qkv: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
@@ -253,8 +254,8 @@ SPEC = Spec(
     cost=_cost,
     cases=(
         {"T": 128, "K": 130, "N": 72},
-        {"T": 131, "K": 96, "N": 136},  # tiles of three rows, of eight columns
-        {"T": 257, "K": 16, "N": 130},
+        {"T": 37, "K": 96, "N": 136},  # columns of tiles go past the rows
+        {"T": 131, "K": 16, "N": 130},  # tiles of three rows, of two columns
         {"T": 3, "K": 1024, "N": 7},
         {"T": 1, "K": 1, "N": 1},
         {"T": 0, "K": 128, "N": 128},
@@ -266,6 +267,7 @@ SPEC = Spec(
         {"T": 2**20 + 3, "K": 2**11, "N": 64},  # x
         {"T": 2**19 + 3, "K": 64, "N": 2**11},  # y
         {"T": 64, "K": 2**12, "N": 2**20 + 3},  # weight
+        {"T": 2**30 + 3, "K": 1, "N": 1},  # rows of y
     ),
     bench=(
         {"T": 16384, "K": BASE, "N": BASE},

@@ -76,6 +76,14 @@ def test_attention_in_fp32_adds_up_sums_of_tiles_not_one_chain_over_all_keys():
             assert chains == (dtype == torch.float16)
 
 
+def test_products_and_their_sums_are_one_instruction_whatever_the_default(monkeypatch):
+    """From Triton 3.10 on they are two unless asked for."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    (spec,) = (s for s in SPECS if s.name == "layer_norm")
+    (launched,) = compile_all(spec, {"shape": (3, 72)}, torch.float32, ["sm_90"])["sm_90"]
+    assert "fma.rn.f32" in launched.kernel.asm["ptx"] and launched.kernel.metadata.enable_fp_fusion
+
+
 @pytest.mark.usefixtures("tf32")
 def test_tf32_runs_on_tensor_cores_without_spills():
     for spec in (s for s in SPECS if s.name in ("attention", "linear")):

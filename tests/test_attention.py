@@ -1,5 +1,7 @@
 """What test_ops.py cannot say for every op: attention's bits whatever the batch."""
 
+import re
+
 import pytest
 import torch
 
@@ -81,6 +83,19 @@ def test_the_gradients_of_a_sequence_have_the_same_bits_in_any_batch(causal, dty
         for i, ours in zip(order, gradients(order, bound), strict=True):
             for name, a, b in zip(("dq", "dk", "dv"), ours, alone[i], strict=True):
                 assert torch.equal(a, b), (name, LENGTHS[i])
+
+
+@pytest.mark.skipif(GPU or INTERPRET, reason="to look at them a GPU would be waited for")
+@pytest.mark.parametrize("wrong", [[2, 5, 8], [0, 5, 3], [0, -1, 8]])
+def test_sequences_that_do_not_ascend_from_0_are_an_error(wrong):
+    q, k, v = torch.randn(3, 8, 2, 16).requires_grad_().unbind()
+    right = torch.tensor([0, 5, 8], dtype=torch.int32)
+    cu_seqlens = torch.tensor(wrong, dtype=torch.int32)
+    message = re.escape(f"must ascend from 0, got {wrong}")
+    with pytest.raises(ValueError, match=f"cu_seqlens {message}"):
+        attention(q, k, v, cu_seqlens, 8)
+    with pytest.raises(ValueError, match=f"cu_seqlens_k {message}"):
+        attention(q, k, v, right, 8, cu_seqlens_k=cu_seqlens, max_seqlen_k=8)
 
 
 def test_a_tuned_tile_of_queries_stays_within_the_rows_that_a_sequence_has(monkeypatch):

@@ -282,3 +282,47 @@ def test_causal_queries_before_more_keys_are_left_to_sdpa(device):
     theirs, _ = transformers.AttentionInterface()["sdpa"](module, q, k, v, None)
     assert torch.equal(ours, theirs)
     assert counted(module) == (0, {"causal attention to keys of another length": 1})
+
+
+def of_t5():
+    config = transformers.T5Config(
+        vocab_size=99, d_model=64, d_kv=16, d_ff=100, num_layers=2, num_heads=4,
+    )  # fmt: skip
+    return transformers.T5EncoderModel(config)
+
+
+def of_gemma():
+    config = transformers.Gemma2Config(
+        **SMALL, head_dim=16, num_key_value_heads=2, attn_logit_softcapping=0.5
+    )
+    return transformers.Gemma2Model(config)
+
+
+def of_gpt_oss():
+    config = transformers.GptOssConfig(
+        **SMALL, head_dim=16, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1
+    )
+    return transformers.GptOssModel(config)
+
+
+@pytest.mark.parametrize("attentions", [False, True])
+@pytest.mark.parametrize("make", [of_t5, of_gemma, of_gpt_oss])
+def test_what_a_model_alone_knows_is_left_to_its_own_attention(make, attentions, device):
+    """A bias of positions, a cap of the scores, sinks: nothing of it is dropped."""
+    torch.manual_seed(0)
+    stock = make().to(device).eval()
+    stock.set_attn_implementation("eager")
+    ours, _ = pair(stock)
+    mask = masks(device)["right"]
+    with torch.no_grad():
+        a, b = (m(ids_of(device), mask, output_attentions=attentions) for m in (ours, stock))
+    torch.testing.assert_close(a[0][mask != 0], b[0][mask != 0], atol=1e-5, rtol=0)
+    if attentions:
+        torch.testing.assert_close(a.attentions, b.attentions, atol=1e-5, rtol=0)
+    fast, stock_calls = counted(ours)
+    assert fast == 0 and sum(stock_calls.values()) == 2
+
+
+def test_an_attention_that_has_no_eager_form_in_its_file_says_what_to_do():
+    with pytest.raises(ValueError, match=r'Linear was called with s_aux, .*="eager"'):
+        attention_interface._eager_of(torch.nn.Linear, "keyword s_aux")

@@ -184,6 +184,19 @@ def test_markup_in_a_text_is_text():
     assert "[red]one[/]" in run("embed", "[red]one[/]").stdout
 
 
+def test_lines_may_end_as_on_windows():
+    texts = [json.loads(run("embed", "--json", input=f"One.{end}Two.{end}").stdout)["texts"]
+             for end in ("\n", "\r\n")]  # fmt: skip
+    assert texts == [["One.", "Two."]] * 2
+
+
+def test_vectors_may_go_into_a_pipe():
+    command = [*PROCESS, "embed", "One.", "--output", "/dev/stdout", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert np.load(io.BytesIO(done.stdout)).shape == (1, 128)
+
+
 def test_a_dash_stands_for_stdin_among_the_arguments():
     result = run("embed", "first", "-", "last", "--json", input="\ufeffa\r\nb\u2028c")
     assert json.loads(result.stdout)["texts"] == ["first", "a", "b\u2028c", "last"]

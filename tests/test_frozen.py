@@ -238,12 +238,41 @@ def test_accelerate_freezes_and_thaws_and_restore_keeps_no_copy():
     _, model = pair()
     assert "weights are frozen" in str(bert_fast.report(model))
     assert bert_fast.report(model).swapped[0].frozen
-    bert_fast.accelerate(model)
+    bert_fast.accelerate(model, cuda_graphs=False)
+    assert bert_fast.report(model).swapped[0].frozen  # as it was
+    bert_fast.accelerate(model, frozen=False)
     assert not bert_fast.report(model).swapped[0].frozen
     assert "frozen" not in str(bert_fast.report(model))
     bert_fast.accelerate(model, frozen=True)
     bert_fast.restore(model)
     assert not any(frozen.NAME in vars(m) for m in model.modules())
+
+
+def test_a_step_of_a_fused_optimizer_is_noticed():
+    """transformers' Trainer takes a fused one. PyTorch does not count what it writes."""
+    plain, model = pair()
+    with torch.no_grad():
+        model(ids_of())
+    for m in (plain, model):
+        m(ids_of())[0].square().sum().backward()
+        torch.optim.AdamW(m.parameters(), lr=0.1, fused=True).step()
+    with torch.no_grad():
+        ours, theirs = model(ids_of())[0], plain(ids_of())[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_what_was_written_while_stock_ran_is_noticed():
+    """As adapters are merged, through .data."""
+    plain, model = pair()
+    with torch.no_grad():
+        model(ids_of())
+        for m in (plain, model):
+            hook = m.encoder.layer[0].register_forward_hook(lambda *args: None)
+            m(ids_of())
+            hook.remove()
+            m.encoder.layer[0].output.dense.weight.data.mul_(2)
+        ours, theirs = model(ids_of())[0], plain(ids_of())[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
 def test_threads_share_a_copy():

@@ -68,7 +68,7 @@ def a_stand_in(monkeypatch):
 def pair(name="BertModel", **changes):
     """A model without graphs, and the same with."""
     plain = bert_fast.accelerate(stock_model(name, device=DEVICE, **changes), cuda_graphs=False)
-    return plain, bert_fast.accelerate(copy.deepcopy(plain))
+    return plain, bert_fast.accelerate(copy.deepcopy(plain), cuda_graphs=True)
 
 
 def encoder_of(model):
@@ -486,7 +486,7 @@ def test_graphs_that_are_off_as_recording_failed_may_be_tried_again(monkeypatch,
         patched.setattr(graphs, "_record", fails(torch.OutOfMemoryError("no 2 GiB")))
         model(**inputs_of()), model(**inputs_of())
     assert graphs_of(model).off
-    bert_fast.accelerate(model)
+    bert_fast.accelerate(model, cuda_graphs=True)
     with torch.no_grad():
         model(**inputs_of()), model(**inputs_of())
     assert count(model) == 1 and "already" not in caplog.text
@@ -510,7 +510,9 @@ def test_accelerate_turns_them_on_and_off(caplog):
     assert bert_fast.accelerate(model, cuda_graphs=False) is model
     assert graphs_of(model) is None
     assert bert_fast.report(model).swapped[0].cuda_graphs is None
-    bert_fast.accelerate(model)
+    bert_fast.accelerate(model, frozen=True)
+    assert graphs_of(model) is None  # as it was
+    bert_fast.accelerate(model, cuda_graphs=True)
     assert graphs_of(model) is not None and "already" not in caplog.text
     bert_fast.accelerate(model)
     assert "already accelerated" in caplog.text

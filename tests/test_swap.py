@@ -498,6 +498,84 @@ def test_report_tells_what_ran_where(device):
     assert "no BertModel" in str(bert_fast.report(torch.nn.Linear(1, 1)))
 
 
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
+def test_buffers_of_embeddings_that_say_something_else_are_stock_s(name, device):
+    """Positions that begin anew past the table are how people read longer texts."""
+    stock = stock_model(device=device).eval()
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    ids = ids_of(device)
+    long = torch.cat((ids, ids), 1).repeat(1, 2)[:, :60]
+    for m in (stock, fast):
+        m(ids)
+        length = 100 if name == "position_ids" else 40
+        usual = torch.arange(length, device=device)[None] % 40
+        setattr(m.embeddings, name, usual if name == "position_ids" else usual * 0 + 1)
+    assert_ran_fast(fast)
+    inputs = long if name == "position_ids" else ids
+    with torch.no_grad():
+        torch.testing.assert_close(fast(inputs)[0], stock(inputs)[0], atol=0, rtol=0)
+    assert f"embeddings.{name} with other numbers" in str(bert_fast.report(fast))
+    with torch.no_grad():
+        getattr(fast.embeddings, name).copy_(torch.zeros(1) if "type" in name else usual)
+    (now,) = bert_fast.report(fast).swapped
+    assert (now.reason is None) == (name == "token_type_ids")
+
+
+def test_a_forward_that_was_replaced_on_a_class_is_asked(device, monkeypatch):
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    monkeypatch.setattr(type(stock.encoder.layer[0].output), "forward", lambda self, h, x: x)
+    with torch.no_grad():
+        ours, theirs = (m(ids_of(device))[0] for m in (fast, stock))
+    assert torch.equal(ours, theirs)
+    assert "forward replaced on BertOutput" in bert_fast.report(fast).swapped[0].reason
+
+
+def test_hooks_in_the_encoder_are_run_where_it_is_compiled(device):
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    results = []
+    for m in (stock, fast):
+        m.encoder.layer[0].register_forward_hook(lambda module, args, output: output * 0)
+        with torch.no_grad():
+            results.append(torch.compile(m, backend="eager")(ids_of(device))[0])
+    torch.compiler.reset()
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_the_report_tells_of_a_plain_call(device):
+    fast = bert_fast.accelerate(stock_model(device=device, attn_implementation="eager"))
+    assert bert_fast.report(fast).swapped[0].reason is None
+    fast.config.output_attentions = True
+    assert bert_fast.report(fast).swapped[0].reason == "output_attentions"
+    decoder = bert_fast.accelerate(stock_model(is_decoder=True, add_cross_attention=True))
+    assert bert_fast.report(decoder).swapped[0].reason is None
+
+
+def test_a_subclass_is_not_said_to_be_what_could_be_accelerated():
+    class Mine(transformers.BertModel):
+        pass
+
+    model = torch.nn.ModuleDict({"mine": Mine(stock_model().config)})
+    assert bert_fast.report(model).stock == ()
+    with pytest.raises(ValueError, match="found Mine"):
+        bert_fast.accelerate(model)
+
+
+def test_a_head_may_be_made_where_somebody_put_our_class_in_place_of_stock_s(monkeypatch):
+    monkeypatch.setattr(transformers.models.bert.modeling_bert, "BertModel", bert_fast.BertModel)
+    model = bert_fast.BertForMaskedLM(stock_model().config)
+    assert type(model.bert) is bert_fast.BertModel
+
+
+def test_token_types_are_nothing_to_distilbert(device):
+    fast = bert_fast.accelerate(stock_model("DistilBertModel", device))
+    with torch.no_grad():
+        last = fast(ids_of(device), token_type_ids=ids_of(device) * 0 + 1)[0]
+        assert torch.equal(last, fast(ids_of(device))[0])
+    assert_ran_fast(fast)
+
+
 # -- weights --------------------------------------------------------------------------------
 def test_whoever_writes_to_a_weight_is_heard_at_the_next_call(device):
     fast = bert_fast.accelerate(stock_model(device=device))
