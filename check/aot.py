@@ -1,5 +1,6 @@
-"""Every launch of every op of SPECS, compiled for GPUs that this machine need not have: what the
-machine code holds, whether it keeps its budgets, and the time that roofline.py predicts.
+"""Every launch of every op, compiled for GPUs that this machine need not have.
+
+What the machine code holds, whether it keeps its budgets, and the time that roofline.py predicts.
 
 The ops are called on CPU tensors of benchmark size, and Triton's own launch path decides what to
 compile: types, alignment, None, num_warps. Only the launch is left out. So no signature is

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,17 @@ def test_a_wrong_word_is_answered_with_the_right_ones(args, said):
             assert arch in done.stderr
 
 
+def test_help_has_a_whole_sentence_for_each_command():
+    done = check("--help")
+    listed = done.stdout.partition("positional")[2]
+    said = re.findall(r"^    (\w+) {2,}(\S.*)$", listed, re.MULTILINE)
+    assert [command for command, _ in said] == [
+        "op", "fuzz", "mutants", "aot", "forward", "overhead",
+    ]  # fmt: skip
+    for command, sentence in said:
+        assert sentence.endswith("."), (command, sentence)
+
+
 def test_each_command_says_how_it_wants_the_interpreter():
     done = check("op", "gelu", TRITON_INTERPRET="0")
     assert done.returncode == 1
@@ -78,11 +90,31 @@ def project(tmp_path_factory):
     kernels = root / "bert_fast" / "kernels"
     (kernels / "rms_norm.py").write_text("\n\n".join(blocks))
     shown = re.findall(r"^    (from \.rms_norm import .*)$", page, re.MULTILINE)
+    assert "from .rms_norm import rms_norm" in shown
+    imports = "".join(f"    {line}\n" for line in shown)
     init = (kernels / "__init__.py").read_text()
-    assert "    SPECS = (" in init
-    init = init.replace("    SPECS = (", f"    {shown[0]}\n\n    SPECS = (RMS_NORM, ")
+    for before, after in (
+        ("    SPECS = (", f"{imports}\n    SPECS = (RMS_NORM, "),
+        ("__all__ = [", '__all__ = ["rms_norm", '),
+    ):
+        assert init.count(before) == 1
+        init = init.replace(before, after)
     (kernels / "__init__.py").write_text(init)
     return root
+
+
+@contextmanager
+def broken(project, right, wrong):
+    """The project with something wrong in its kernel."""
+    file = project / "bert_fast" / "kernels" / "rms_norm.py"
+    whole = file.read_text()
+    kernel, rest = whole.split("def _config(", 1)
+    assert kernel.count(right) == 1
+    try:
+        file.write_text(kernel.replace(right, wrong) + "def _config(" + rest)
+        yield
+    finally:
+        file.write_text(whole)
 
 
 def test_the_page_on_a_new_kernel_ends_with_a_green_check(project):
@@ -95,29 +127,31 @@ def test_the_page_on_a_new_kernel_ends_with_a_green_check(project):
     ]  # fmt: skip
 
 
+def test_a_kernel_that_would_end_the_process_is_told_of(project):
+    with broken(project, "mask=mask_n)", "mask=None)"):
+        done = check("op", "rms_norm", root=project, PYTHONPATH=str(project))
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^ sanitizer and values +BAD ", done.stdout, re.MULTILINE)
+    assert "two writers, y_ptr: stores element [1, 0] of [4, 768]" in done.stdout
+    assert "left out: fuzzer, mutants and tests of the kernels." in done.stdout
+
+
 @pytest.mark.parametrize(
     "right, wrong, found",
     [
-        ("mask=mask_n)", "mask=None)", "two writers, y_ptr: stores element [1, 0] of [4, 768]"),
         ("tl.program_id(0).to(tl.int64)", "tl.program_id(0)", "overflow, x_ptr"),
         (" / N + eps)", " / N)", "times what is allowed"),
     ],
 )
 def test_what_the_page_says_to_break_is_found(project, right, wrong, found):
-    file = project / "bert_fast" / "kernels" / "rms_norm.py"
-    whole = file.read_text()
-    kernel, rest = whole.split("def _forward(", 1)
-    assert kernel.count(right) == 1
     code = (
         "import sys; sys.path[0:0] = ['check']; from examine import examine;"
-        "from bert_fast.kernels import SPECS; print(examine(SPECS[0]))"
+        "from bert_fast.kernels import SPECS, rms_norm; assert SPECS[0].fn is rms_norm;"
+        "print(examine(SPECS[0]))"
     )
-    try:
-        file.write_text(kernel.replace(right, wrong) + "def _forward(" + rest)
-        env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(project)}
+    env = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(project)}
+    with broken(project, right, wrong):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=project, env=env, capture_output=True, text=True
         )
-    finally:
-        file.write_text(whole)
     assert found in done.stdout, done.stdout + done.stderr
