@@ -20,7 +20,15 @@ from torch.nn import functional as F
 
 from . import launch
 from .launch import DTYPES, once_differentiable, show, tl, triton
-from .layer_norm import MAX_N, layer_norm_ref, load_row, normalize, plain_layer_norm, row_config
+from .layer_norm import (
+    MAX_N,
+    check_weight_and_bias,
+    layer_norm_ref,
+    load_row,
+    normalize,
+    plain_layer_norm,
+    row_config,
+)
 from .layer_norm_backward import layer_norm_backward
 from .spec import Spec
 
@@ -290,7 +298,7 @@ def embedding(
 
     input_ids       int32 or int64 [B, S]; None where inputs_embeds is given
     word, position, token_type   [V, N], [P, N], [C, N]: the tables, fp32, fp16 or bf16, N <= 8192
-    weight, bias    [N] of the LayerNorm, one dtype
+    weight, bias    [N] of the LayerNorm, both fp32, fp16 or bf16
     inputs_embeds   [B, S, N] in the dtype of word, to use for word[input_ids]
     token_type_ids  integer [B, S] or [1, S]; None means 0
     position_ids    integer [B, S] or [1, S]; None means the column
@@ -314,9 +322,7 @@ def embedding(
     for name, t in (("position", position), ("token_type", token_type)):
         if t.ndim != 2 or t.shape[1] != N or t.dtype != word.dtype:
             raise ValueError(f"embedding: {name} must be [rows, {N}] like word, got {show(t)}")
-    if not weight.shape == bias.shape == (N,) or weight.dtype != bias.dtype:
-        got = f"{show(weight)} and {show(bias)}"
-        raise ValueError(f"embedding: weight and bias must be [{N}] in one dtype, got {got}")
+    check_weight_and_bias("embedding", N, weight, bias)
     if inputs_embeds is not None:
         if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != N:
             got = show(inputs_embeds)
@@ -432,7 +438,7 @@ SPEC = Spec(
     rejects={
         "give one of input_ids and inputs_embeds": {"input_ids": None},
         "position must be [rows, 128] like word": {"position": torch.ones(8, 64)},
-        "weight and bias must be [128] in one dtype": {"weight": torch.ones(3)},
+        "weight and bias must be [128], both fp32, fp16 or bf16": {"weight": torch.ones(3)},
         "input_ids must be int32 or int64 [B, S], got float32[2, 5]": {
             "input_ids": torch.ones(2, 5)
         },

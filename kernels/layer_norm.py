@@ -148,7 +148,7 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
     """Layer norm of x + residual over the last dimension.
 
     x             [..., N], fp32, fp16 or bf16, 1 <= N <= 8192
-    weight, bias  [N], one dtype
+    weight, bias  [N], both fp32, fp16 or bf16, not necessarily as x
     residual      shape of x, fp32, fp16 or bf16; None adds nothing
     eps           added to the variance, so in units of x squared; BERT's by default
     num_tokens    [1] integer on the device of x [T, N]: rows past it are not read, and not
@@ -158,20 +158,31 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
     residual. Rows may lie any even distance apart; an input laid out otherwise is copied first.
     Raises ValueError for any other shape or dtype.
     """
-    N = x.shape[-1]
-    if not 1 <= N <= MAX_N:
-        raise ValueError(f"layer_norm: x must be [..., 1 to {MAX_N}], got {show(x)}")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"layer_norm: x must be fp32, fp16 or bf16, got {show(x)}")
-    if not weight.shape == bias.shape == (N,) or weight.dtype != bias.dtype:
-        got = f"{show(weight)} and {show(bias)}"
-        raise ValueError(f"layer_norm: weight and bias must be [{N}] in one dtype, got {got}")
+    check_rows("layer_norm", x)
+    check_weight_and_bias("layer_norm", x.shape[-1], weight, bias)
     check_residual("layer_norm", x, residual)
     launch.check_num_tokens("layer_norm", num_tokens)
     if torch.is_grad_enabled():
         return _LayerNorm.apply(x, weight, bias, residual, eps, num_tokens)
     # apply costs 5 us even to record nothing
     return _layer_norm(x, weight, bias, residual, eps, num_tokens)
+
+
+def check_rows(op, x):
+    """Raise ValueError unless x is rows that a program can hold."""
+    if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_N or x.dtype not in DTYPES:
+        want = f"fp32, fp16 or bf16 [..., 1 to {MAX_N}]"
+        raise ValueError(f"{op}: x must be {want}, got {show(x)}")
+
+
+def check_weight_and_bias(op, N, weight, bias):
+    """Raise ValueError unless they are of a LayerNorm over N numbers."""
+    alike = weight.shape == bias.shape == (N,) and weight.dtype == bias.dtype
+    if not alike or weight.dtype not in DTYPES:
+        got = f"{show(weight)} and {show(bias)}"
+        raise ValueError(
+            f"{op}: weight and bias must be [{N}], both fp32, fp16 or bf16, got {got}"
+        )
 
 
 def check_residual(op, x, residual):
@@ -245,9 +256,22 @@ SPEC = Spec(
         {"shape": (1024, 8192)},  # the widest
     ),
     rejects={
-        "x must be [..., 1 to 8192], got float32[2, 8193]": {"x": torch.ones(2, 8193)},
-        "x must be fp32, fp16 or bf16, got int64[4, 768]": {"x": torch.ones(4, 768).long()},
-        "weight and bias must be [768] in one dtype, got float32[3]": {"weight": torch.ones(3)},
+        "x must be fp32, fp16 or bf16 [..., 1 to 8192], got float32[2, 8193]": {
+            "x": torch.ones(2, 8193)
+        },
+        "x must be fp32, fp16 or bf16 [..., 1 to 8192], got float32[]": {"x": torch.tensor(1.0)},
+        "x must be fp32, fp16 or bf16 [..., 1 to 8192], got int64[4, 768]": {
+            "x": torch.ones(4, 768).long()
+        },
+        "weight and bias must be [768], both fp32, fp16 or bf16, got float32[3] and float32": {
+            "weight": torch.ones(3)
+        },
+        "weight and bias must be [768], both fp32, fp16 or bf16, got float16[768] and float32": {
+            "weight": torch.ones(768).half()
+        },
+        "weight and bias must be [768], both fp32, fp16 or bf16, got int64[768] and int64": {
+            "weight": torch.ones(768).long(), "bias": torch.ones(768).long()
+        },
         "residual must be [4, 768] like x, fp32, fp16 or bf16, got float32[768]": {
             "residual": torch.ones(768)
         },

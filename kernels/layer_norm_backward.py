@@ -23,8 +23,8 @@ import torch
 
 from . import launch
 from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
-from .layer_norm import MAX_N, check_residual, fuzz_shape, load_row, normalize, sum_of
 from .layer_norm import SPEC as LAYER_NORM
+from .layer_norm import check_residual, check_rows, fuzz_shape, load_row, normalize, sum_of
 from .spec import Spec
 
 
@@ -206,16 +206,13 @@ def layer_norm_backward(dy, x, weight, residual=None, eps=1e-12, num_tokens=None
     dweight and dbias [N] in the dtype of weight. Not differentiable. Raises ValueError for any
     other shape or dtype.
     """
-    N = x.shape[-1]
-    if not 1 <= N <= MAX_N or x.dtype not in DTYPES:
-        raise ValueError(
-            f"layer_norm_backward: x must be fp32, fp16 or bf16 [..., 1 to {MAX_N}], got {show(x)}"
-        )
+    check_rows("layer_norm_backward", x)
     if dy.shape != x.shape or dy.dtype != x.dtype:
         raise ValueError(f"layer_norm_backward: dy must be {show(x)} like x, got {show(dy)}")
     check_residual("layer_norm_backward", x, residual)
-    if weight.shape != (N,):
-        raise ValueError(f"layer_norm_backward: weight must be [{N}], got {show(weight)}")
+    if weight.shape != x.shape[-1:] or weight.dtype not in DTYPES:
+        want = f"fp32, fp16 or bf16 [{x.shape[-1]}]"
+        raise ValueError(f"layer_norm_backward: weight must be {want}, got {show(weight)}")
     launch.check_num_tokens("layer_norm_backward", num_tokens)
     with torch.no_grad():
         return LayerNormGradients(
@@ -282,11 +279,15 @@ SPEC = Spec(
         "x must be fp32, fp16 or bf16 [..., 1 to 8192], got int64[4, 768]": {
             "x": torch.ones(4, 768).long()
         },
+        "x must be fp32, fp16 or bf16 [..., 1 to 8192], got float32[]": {"x": torch.tensor(1.0)},
         "dy must be float32[4, 768] like x, got float32[768]": {"dy": torch.ones(768)},
         "residual must be [4, 768] like x, fp32, fp16 or bf16, got float32[768]": {
             "residual": torch.ones(768)
         },
-        "weight must be [768], got float32[3]": {"weight": torch.ones(3)},
+        "weight must be fp32, fp16 or bf16 [768], got float32[3]": {"weight": torch.ones(3)},
+        "weight must be fp32, fp16 or bf16 [768], got int64[768]": {
+            "weight": torch.ones(768).long()
+        },
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },
     gradient=True,
