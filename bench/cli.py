@@ -14,7 +14,7 @@ import transformers
 import tune
 from lengths import LENGTHS
 from measure import ceilings, clock_of
-from model_workloads import SHAPES, models, workload
+from model_workloads import SHAPES, TRAINS, models, workload
 from op_workloads import ops
 from results import Results, device_of, table
 from rich.console import Console
@@ -203,7 +203,7 @@ def _named(name, dtype, device, quick, fail):
         return workload(name, DTYPES[dtype], device, quick, tf32=dtype == "tf32")
     except (KeyError, ValueError):
         fail(
-            f"--workload {name}: must be a size and lengths, with or without train before it, or"
-            f" encode docstrings; sizes are {', '.join(SHAPES)}, lengths {', '.join(LENGTHS)}, each"
-            " with x1, x2, ... sequences behind"
+            f"--workload {name}: must be a size and lengths, with {' or '.join(TRAINS)} before them"
+            f" or without, or encode docstrings; sizes are {', '.join(SHAPES)}, lengths"
+            f" {', '.join(LENGTHS)}, each with x1, x2, ... sequences behind"
         )

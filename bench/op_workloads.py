@@ -9,6 +9,7 @@ from op_peers import BASELINES, OTHERS
 from workloads import Contender, Problem, Workload
 
 from bert_fast.kernels import SPECS
+from bert_fast.kernels.spec import cast, is_float
 
 MORE = {  # cases beside a Spec's
     "attention": tuple(
@@ -60,7 +61,7 @@ def _problem(spec, case, dtype, device):
     small = flops <= 2e10 and moved <= 2**29  # of fp64, a few seconds and 2 GB with temporaries
     timed = spec.inputs(dtype, device, **case)
     checked = timed if small else spec.inputs(dtype, device, **spec.cases[0])
-    truth = _tensors(spec.ref(**_exact(checked)))
+    truth = _tensors(spec.ref(**cast(checked, torch.float64)))
     peak = max((_peak(t) for t in truth if t.is_floating_point()), default=0.0)
     flops, moved = spec.cost(dtype.itemsize, **case)
     return Problem(
@@ -72,13 +73,6 @@ def _problem(spec, case, dtype, device):
         gate=partial(_op_gate, ulp=torch.finfo(dtype).eps * peak),
         work={"C": flops, "B": moved},
     )
-
-
-def _exact(inputs):
-    return {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
 
 
 def _peak(t):
@@ -115,7 +109,7 @@ PRODUCTS_OF_BACKWARD = {"attention": 2.5}  # times those of forward: five to two
 
 
 def _leaves(inputs):
-    return [t for t in inputs.values() if torch.is_tensor(t) and t.is_floating_point()]
+    return [t for t in inputs.values() if is_float(t)]
 
 
 def _differentiable(spec):
@@ -123,8 +117,7 @@ def _differentiable(spec):
 
 
 def _leaf(value):
-    floating = torch.is_tensor(value) and value.is_floating_point()
-    return value.detach().requires_grad_() if floating else value
+    return value.detach().requires_grad_() if is_float(value) else value
 
 
 def _gradient_of(y, dtype):
@@ -169,8 +162,8 @@ def _backward(contender):
 def _backward_problem(spec, case, dtype, device):
     problem = _problem(spec, case, dtype, device)
     exact = _backward(DEFINITION)
-    run = exact.build(problem)(_exact(problem.checked))
-    truth = exact.collect(run(), _exact(problem.checked))
+    checked = cast(problem.checked, torch.float64)
+    truth = exact.collect(exact.build(problem)(checked)(), checked)
     inputs = _leaves(problem.timed)
     y = _tensors(spec.fn(**problem.timed))[0]
     return Problem(

@@ -32,6 +32,7 @@ from rich.table import Table
 from rows import error_of
 
 from bert_fast.kernels import SPECS, launch
+from bert_fast.kernels.spec import cast
 
 GAIN = 0.98  # of the time that is needed to be chosen: a change within the noise is none
 TABLES = Path(__file__).resolve().parents[1] / "kernels" / "tuned"
@@ -285,12 +286,10 @@ def problem(spec, case, dtype, device):
     be."""
     torch.manual_seed(0)
     inputs = spec.inputs(dtype, device, **case)
-    wide = {
-        k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
     with torch.no_grad():
-        truths, rounded = tensors_of(spec.ref(**wide)), tensors_of(spec.ref(**inputs))
+        truths, rounded = (
+            tensors_of(spec.ref(**of)) for of in (cast(inputs, torch.float64), inputs)
+        )
     ulps = [torch.finfo(dtype).eps * t.abs().max().item() for t in truths]
     errors = [error_of([r], [t])["max"] for r, t in zip(rounded, truths)]
     return spec.fn, inputs, truths, [ulp + 2 * error for ulp, error in zip(ulps, errors)]

@@ -19,16 +19,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast.kernels import launch
+from bert_fast.kernels.spec import cast, is_float
 
 EPS32 = torch.finfo(torch.float32).eps
-
-
-def is_float(t):
-    return isinstance(t, torch.Tensor) and t.is_floating_point()
-
-
-def cast(inputs, dtype):
-    return {k: t.to(dtype) if is_float(t) else t for k, t in inputs.items()}
 
 
 def moved(inputs, eps, seed):

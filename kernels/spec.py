@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -31,6 +33,15 @@ class Spec:
 
     def label(self, case):
         return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in case.items())})"
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def cast(inputs, dtype):
+    """inputs with every float in dtype: in fp64 the definition tells the truth."""
+    return {k: t.to(dtype) if is_float(t) else t for k, t in inputs.items()}
 
 
 def _short(value):

@@ -841,6 +841,7 @@ def test_a_run_as_a_module_writes_its_file_and_leaves_kernels_unimportable(tmp_p
     [
         ("model --device cpu --workload nosuch", "sizes are 6x384, base"),
         ("model --device cpu --workload base", "lengths docstrings,"),
+        ("model --device cpu --workload nosuch", "with train or train-with-dropout before them"),
         ("model --device cpu --workload tiny\tfull-128", "sizes are 6x384, base"),
         ("model --device cpu --workload base\tfull-128x0", "lengths docstrings,"),
         ("ops --device cpu --dtype tf32", "only a GPU multiplies in TF32"),
