@@ -5,6 +5,7 @@
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -78,20 +79,35 @@ def answer(
     position 0 being [CLS]. It comes first where its logits exceed those of the best span by more
     than the threshold: SQuAD 2's rule.
 
-    Raises ValueError for a slow tokenizer, a model without these logits, a blank question or
-    context, a question that leaves no room for context in the window, and numbers out of range.
+    Raises ValueError for a slow tokenizer, a model without these logits or in training mode, a
+    blank question or context, a question that leaves no room for context in the window, and numbers
+    of another type or out of range.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"answer: tokenizer must be a fast one, which knows where in the text its tokens are,"
             f" got {type(tokenizer).__name__}; load it with AutoTokenizer"
         )
-    _check_at_least("top_k", top_k, 1)
-    _check_at_least("max_answer_length", max_answer_length, 1)
+    if getattr(model, "training", False):
+        raise ValueError(
+            "answer: model must be in eval mode, got one in training mode, where dropout changes"
+            " the answers; call model.eval()"
+        )
+    for name, value in (("top_k", top_k), ("max_answer_length", max_answer_length)):
+        if not _is_integer(value) or value < 1:
+            raise ValueError(f"answer: {name} must be an integer of 1 or more, got {value!r}")
     limit = positions(model, tokenizer)
     window = min(384, limit) if window is None else window
-    if not 1 <= window <= limit:
-        raise ValueError(f"answer: window must be 1 to the model's {limit} tokens, got {window}")
+    if not _is_integer(window) or not 1 <= window <= limit:
+        raise ValueError(
+            f"answer: window must be an integer, 1 to the model's {limit} tokens, got {window!r}"
+        )
+    if stride is not None and not _is_integer(stride):
+        raise ValueError(f"answer: stride must be an integer or None, got {stride!r}")
+    if null_threshold is not None and not _is_finite(null_threshold):
+        raise ValueError(
+            f"answer: null_threshold must be a finite number or None, got {null_threshold!r}"
+        )
     questions, contexts, one = _pairs(question, context)
 
     pairs = _tokenize(questions, contexts, tokenizer, whole_words)
@@ -111,9 +127,12 @@ def answer(
     return answers[0] if one else answers
 
 
-def _check_at_least(name, value, least):
-    if value < least:
-        raise ValueError(f"answer: {name} must be {least} or more, got {value}")
+def _is_integer(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value):
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _pairs(question, context):

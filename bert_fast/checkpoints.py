@@ -42,11 +42,6 @@ def outlier_model(config=None, seed=0, outliers=4):
     return model
 
 
-def save_outlier_checkpoint(directory, config=None, seed=0, outliers=4):
-    """Write outlier_model(...) to directory in the hub's format, without a tokenizer."""
-    outlier_model(config, seed, outliers).save_pretrained(directory)
-
-
 def _draw_weights(model, dims, sign):
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):

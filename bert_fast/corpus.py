@@ -43,9 +43,14 @@ def docstrings(modules=None):
     text that occurs again is dropped.
 
     modules: names such as ("json", "concurrent.futures"), each with all that is inside; None for
-    the whole standard library. Raises ValueError for a name that has neither Python source in the
-    standard library nor a place in the interpreter itself.
+    the whole standard library. Raises ValueError for a str, and for a name that has neither Python
+    source in the standard library nor a place in the interpreter itself.
     """
+    if isinstance(modules, str):
+        raise ValueError(
+            f"docstrings: modules must be a list or tuple of names, got {modules!r};"
+            f" give ({modules!r},)"
+        )
     paths = _modules()
     if modules is not None:
         inside = {m: [name for name in paths if f"{name}.".startswith(f"{m}.")] for m in modules}

@@ -35,12 +35,11 @@ def load(name, dtype=torch.float32, device="cpu", head=None):
 
     Returns (model of bert_fast, tokenizer); the model's weights are frozen, as `accelerate` has it,
     which is worth most for a text or two. Raises OSError where there is no checkpoint and
-    ValueError where it is of another architecture or not whole: transformers itself would fill what
-    is missing with random weights or an empty vocabulary.
+    ValueError where it is of another architecture or not whole, or has no such head: transformers
+    itself would fill what is missing with random weights or an empty vocabulary.
     """
     encoder = _encoder_of(name)
-    prefix = encoder.__name__.removesuffix("Model")
-    cls = encoder if head is None else getattr(modeling, prefix + head)
+    cls = encoder if head is None else _with_head(encoder, head)
     pools = "add_pooling_layer" in inspect.signature(encoder).parameters
     try:
         model, info = cls.from_pretrained(
@@ -98,6 +97,19 @@ def _encoder_of(name):
     return known[kind]
 
 
+def _with_head(encoder, head):
+    prefix = encoder.__name__.removesuffix("Model")
+    heads = {
+        cls.__name__.removeprefix(prefix): cls
+        for cls in modeling.CLASSES
+        if cls.__name__.startswith(prefix) and cls is not encoder
+    }
+    if head not in heads:
+        known = ", ".join(heads)
+        raise ValueError(f"load: head must be one of {known}, or None, got {head!r}")
+    return heads[head]
+
+
 def _tokenizer(name, vocab_size):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -134,7 +146,7 @@ def positions(model, tokenizer):
 
 def tokenize(texts, tokenizer, limit):
     """The token ids of each text, cut to `limit` of them, and how many texts were cut."""
-    ids = tokenizer(texts, verbose=False)["input_ids"]
+    ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
     long = [i for i, row in enumerate(ids) if len(row) > limit]
     for i in long:
         ids[i] = tokenizer(texts[i], truncation=True, max_length=limit)["input_ids"]

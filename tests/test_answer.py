@@ -104,9 +104,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_spans_and_scores_are_those_of_stock_logits(
-    setting, stock, fast, tokenizer, texts, monkeypatch
-):
+def test_spans_and_scores_are_those_of_stock_logits(setting, stock, fast, tokenizer, texts):
     window, stride, longest, threshold, whole_words = SETTINGS[setting]
     found = ANSWER(
         *texts, fast, tokenizer, top_k=10**6, window=window, stride=stride, batch_tokens=2000,
@@ -238,16 +236,27 @@ BAD = {
         " in a window of 384; shorten the question",
     ),
     "a window of the question": (given(window=7), "tokens, which leave no room for context"),
-    "no window": (given(window=0), "answer: window must be 1 to the model's 512 tokens, got 0"),
-    "a wide window": (given(window=513), "window must be 1 to the model's 512 tokens, got 513"),
+    "no window": (
+        given(window=0), "answer: window must be an integer, 1 to the model's 512 tokens, got 0"
+    ),
+    "a wide window": (given(window=513), "1 to the model's 512 tokens, got 513"),
+    "half a token": (given(window=20.5), "1 to the model's 512 tokens, got 20.5"),
     "a long stride": (
         given(window=27, stride=20),
         "answer: stride must be 0 to 19, less than the 20 tokens of context that fit beside"
         " question 0, got 20",
     ),
     "a negative stride": (given(stride=-1), "answer: stride must be 0 to "),
-    "no answers": (given(top_k=0), "answer: top_k must be 1 or more, got 0"),
-    "answers of nothing": (given(max_answer_length=0), "max_answer_length must be 1 or more"),
+    "half a stride": (given(stride=1.5), "answer: stride must be an integer or None, got 1.5"),
+    "no answers": (given(top_k=0), "answer: top_k must be an integer of 1 or more, got 0"),
+    "a str of answers": (given(top_k="3"), "top_k must be an integer of 1 or more, got '3'"),
+    "half an answer": (given(top_k=1.5), "top_k must be an integer of 1 or more, got 1.5"),
+    "answers of nothing": (given(max_answer_length=0), "max_answer_length must be an integer of 1"),
+    "no number": (
+        given(null_threshold=math.nan),
+        "answer: null_threshold must be a finite number or None, got nan",
+    ),
+    "a word": (given(null_threshold="0"), "must be a finite number or None, got '0'"),
 }  # fmt: skip
 
 
@@ -268,3 +277,8 @@ def test_a_model_of_another_kind_is_named(tokenizer):
     model = bert_fast.BertForTokenClassification.from_pretrained(SHIPPED)
     with pytest.raises(ValueError, match="BertForTokenClassification has no start_logits and end"):
         ANSWER(QUESTION, CONTEXT, model, tokenizer)
+
+
+def test_a_model_in_training_mode_is_named(fast, tokenizer):
+    with pytest.raises(ValueError, match=r"model must be in eval mode, .*; call model.eval\(\)"):
+        ANSWER(QUESTION, CONTEXT, fast.train(), tokenizer)

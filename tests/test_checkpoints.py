@@ -20,7 +20,7 @@ from transformers import (
     BertModel,
 )
 
-from bert_fast.checkpoints import SHIPPED, outlier_model, save_outlier_checkpoint
+from bert_fast.checkpoints import SHIPPED, outlier_model
 from bert_fast.corpus import docstrings, held_out, topics
 
 SMALL = {"vocab_size": 500, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -82,6 +82,11 @@ def test_the_whole_corpus_is_thousands_of_different_texts_of_the_standard_librar
 def test_a_module_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="no_such_module"):
         docstrings(("json", "no_such_module"))
+
+
+def test_a_name_alone_is_not_taken_for_a_list_of_letters():
+    with pytest.raises(ValueError, match=r"a list or tuple of names, got 'json'; give \('json',\)"):
+        docstrings("json")
 
 
 def test_topics_are_the_long_pages_of_pydoc():
@@ -170,9 +175,9 @@ def test_attention_of_an_outlier_model_is_neither_uniform_nor_one_hot():
 
 
 def test_an_outlier_checkpoint_is_read_back_as_written_and_is_finite_in_fp16(tmp_path):
-    config = BertConfig(**SMALL)
-    save_outlier_checkpoint(tmp_path, config, seed=3)
-    model, same = BertModel.from_pretrained(tmp_path).eval(), outlier_model(config, seed=3)
+    same = outlier_model(BertConfig(**SMALL), seed=3)
+    same.save_pretrained(tmp_path)
+    model = BertModel.from_pretrained(tmp_path).eval()
     ids = torch.arange(100).view(2, 50)
     with torch.no_grad():
         assert torch.equal(model(ids).last_hidden_state, same(ids).last_hidden_state)

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 import bert_fast
 from bert_fast import cli, doctor, kernels, swap
 from bert_fast.checkpoints import SHIPPED
-from bert_fast.encode import batches, load
+from bert_fast.encode import batches, encode, load, tokenize
 from bert_fast.kernels.launch import INTERPRET
 
 PROCESS = [sys.executable, "-m", "bert_fast.cli"]
@@ -400,6 +400,21 @@ def test_only_debug_shows_a_traceback(tmp_path):
     assert debug.exit_code == 2
     assert "Traceback (most recent call last)" in debug.stderr
     assert debug.stderr.splitlines()[-1].startswith(f"error: {tmp_path}: has no config.json")
+
+
+def test_a_head_that_is_none_is_answered_with_those_there_are():
+    with pytest.raises(ValueError) as raised:
+        load(str(SHIPPED), head="ForNothing")
+    said = str(raised.value)
+    assert said.startswith("load: head must be one of ForMaskedLM, ForMultipleChoice, ")
+    assert said.endswith(", LMHeadModel, or None, got 'ForNothing'")
+
+
+def test_no_texts_have_no_embeddings():
+    model, tokenizer = load(str(SHIPPED))
+    ids, truncated = tokenize([], tokenizer, 512)
+    assert (ids, truncated) == ([], 0)
+    assert encode(ids, model).shape == (0, model.config.hidden_size)
 
 
 def test_a_fault_of_our_own_is_one_line_with_another_code(monkeypatch):

@@ -24,7 +24,7 @@ from mutants import mutants_of
 CASES = 1000
 
 
-def test_random_cases(tmp_path):
+def test_random_cases():
     """CI's share. A failure here is repeated by the line that is printed with it."""
     summary = fuzz.campaign(CASES, 0, SPECS, jobs=2)
     lines = [f"{wrong}: {fuzz.command(fuzz.shrink(drawn))}" for drawn, wrong in summary["failures"]]

@@ -37,7 +37,7 @@ def test_the_wheel_is_pure_python_and_has_the_kernels_and_the_checkpoint(tmp_pat
     assert packages == {"bert_fast"}
 
 
-def test_it_imports_from_the_root_of_the_repository(tmp_path):
+def test_it_imports_from_the_root_of_the_repository():
     """There, `kernels` would be the folder, which transformers takes for another distribution."""
     for first in ("bert_fast", "transformers.models.bert.modeling_bert"):
         code = f"import {first}, bert_fast; print(bert_fast.kernels.attention.__module__)"

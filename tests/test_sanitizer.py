@@ -57,7 +57,7 @@ def test_declared_cost_is_what_the_kernels_do(spec):
         assert not cost.wrong, f"{cost}: {cost.wrong}"
 
 
-def test_a_wrong_cost_shows(monkeypatch):
+def test_a_wrong_cost_shows():
     spec = SPECS[1]
     half = {**vars(spec), "cost": lambda *args, **case: [n // 2 for n in spec.cost(*args, **case)]}
     assert all("FLOP" in cost.wrong for cost in costs(type(spec)(**half)))
