@@ -3,9 +3,9 @@
     input_ids, attention_mask [B, S]
       Tokens        row_index, cu_seqlens: where the T tokens are
       embed         word + position + token type, LayerNorm            x [T, H]
-      each layer    q, k, v in one product -> attention -> product     [T, 3H] -> [T, H]
+      each layer    query, key, value -> attention -> product          [T, 3, H] -> [T, H]
                     LayerNorm(... + x)                                 x [T, H]
-                    in a decoder, the same over the encoder's tokens   [T, H], [Tk, 2H] -> [T, H]
+                    in a decoder, the same over the encoder's tokens   [T, H], [Tk, H] -> [T, H]
                     product -> GELU -> product                         [T, 4H] -> [T, H]
                     LayerNorm(... + x)                                 x [T, H]
       unpack        zeros where there is no token                      [B, S, H]

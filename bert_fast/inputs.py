@@ -26,9 +26,19 @@ class Inputs(NamedTuple):
         return tuple((self.inputs_embeds if self.input_ids is None else self.input_ids).shape[:2])
 
 
+TENSORS = "input_ids", "token_type_ids", "position_ids", "inputs_embeds", "encoder_hidden_states"
+
+
 def check(model, inputs):
     """Raise ValueError for inputs that do not fit, or return the reason to leave them to stock."""
     me = type(model).__name__
+    for other_name in TENSORS:
+        t = getattr(inputs, other_name)
+        if t is not None and not isinstance(t, torch.Tensor):
+            raise ValueError(
+                f"{me}: {other_name} must be a tensor, got {type(t).__name__};"
+                ' tokenizer(..., return_tensors="pt") gives tensors'
+            )
     if (inputs.input_ids is None) == (inputs.inputs_embeds is None):
         given = "neither" if inputs.input_ids is None else "both"
         raise ValueError(f"{me}: give input_ids or inputs_embeds, one of them; got {given}")

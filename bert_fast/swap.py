@@ -100,7 +100,7 @@ def restore(model):
 
     Returns model, whose weights have the bits they had. A model without any is left as it is, and
     a log line says so. Raises ValueError where code that replaced the forward of an encoder would
-    go on calling that of bert_fast.
+    go on calling that of bert_fast, and TypeError for what is no module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -168,6 +168,7 @@ class Report:
     attention: Attention | None = None  # None where none ran
 
     def to_dict(self):
+        """The same as dicts and tuples, for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self):
@@ -177,7 +178,7 @@ class Report:
             runs = f"runs on {s.backend}" if s.reason is None else f"runs stock: {s.reason}"
             what = f"{s.layers} layers of {s.architecture}, {s.dtype} on {s.device}"
             print(f"  {s.path or 'the model itself'}: {what}, {runs}", file=out)
-            print(f"    {s.fast_calls} calls on the kernels", file=out)
+            print(f"    {s.fast_calls} fast calls", file=out)
             for reason, count in s.stock_calls.items():
                 print(f"    {count} calls on the stock forward: {reason}", file=out)
             if s.frozen:
@@ -189,7 +190,7 @@ class Report:
             print(f"  {path or 'the model itself'}: stock, not accelerated", file=out)
         if a := self.attention:
             print(f'  {a.modules} attentions of attn_implementation="bert_fast":', file=out)
-            print(f"    {a.fast_calls} calls on the kernels", file=out)
+            print(f"    {a.fast_calls} fast calls", file=out)
             for reason, count in a.stock_calls.items():
                 print(f"    {count} calls on transformers' own: {reason}", file=out)
         if not self.swapped and not self.stock and not self.attention:
@@ -201,8 +202,10 @@ def report(model):
     """What the kernels do for `model`: a Report, to print or to read.
 
     `reason` and `backend` tell of a plain call as the model is now; the counts are of the calls
-    since it was accelerated, of each encoder inside.
+    since it was accelerated, of each encoder inside. Raises TypeError for what is no module.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     swapped, stock, attention = [], [], []
     for path, module in model.named_modules():
         if isinstance(module, tuple(ENCODERS)):

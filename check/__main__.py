@@ -51,13 +51,13 @@ def main():
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.__doc__.partition("\n")[0])
         if name == "op":
-            command.add_argument("op", metavar="OP", nargs="*")
+            command.add_argument("op", metavar="OP", nargs="?", action="append")
         elif name not in ("forward", "overhead"):
             command.add_argument("--op", metavar="OP", action="append", help="may be repeated")
         module.add_arguments(command)
     options = parser.parse_args()
     known = {s.name: s for s in kernels.SPECS}
-    if options.command == "op" and len(options.op) != 1:
+    if options.command == "op" and options.op == [None]:
         parser.error(f"op: give one op, of {', '.join(known)}")
     names = getattr(options, "op", None)
     for name in names or ():

@@ -347,12 +347,14 @@ def read_table(path, gpu):
         }
         for (op, key), config in table.items():
             for name, value in config.items():
+                number = value if type(value) is int else -1
                 if name in FLAGS:
-                    good, want = value in (0, 1), "0 or 1"
+                    good, want = number in (0, 1), "0 or 1"
+                elif name == "num_stages":
+                    good, want = number >= 1, "1 or more"
                 else:
-                    power = name == "num_stages" or (type(value) is int and not value & (value - 1))
-                    good, want = power and value >= 1, "a power of two"
-                if type(value) is not int or not good:
+                    good, want = number >= 1 and not number & (number - 1), "a power of two"
+                if not good:
                     raise ValueError(f"{op}, {key}, {name}: must be {want}, got {value!r}")
         return table
     except KeyError as error:

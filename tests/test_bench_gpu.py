@@ -886,6 +886,8 @@ def of_toy(**config):
         ('{"schema": 1, "gpu": "NVIDIA Toy", "configurations": 3}', "no attribute 'items'"),
         (of_toy(BLOCK_N=96), "toy, N=768, BLOCK_N: must be a power of two, got 96"),
         (of_toy(BLOCK_N=64.0), "toy, N=768, BLOCK_N: must be a power of two, got 64.0"),
+        (of_toy(BLOCK_N="64"), "toy, N=768, BLOCK_N: must be a power of two, got '64'"),
+        (of_toy(num_stages=0), "toy, N=768, num_stages: must be 1 or more, got 0"),
         (of_toy(PERSISTENT=2), "toy, N=768, PERSISTENT: must be 0 or 1, got 2"),
         (of_toy(PERSISTENT=True), "toy, N=768, PERSISTENT: must be 0 or 1, got True"),
         (of_toy(BLOCK_M=8), "toy, N=768: must have BLOCK_N, num_warps, got BLOCK_M"),

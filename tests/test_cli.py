@@ -619,7 +619,7 @@ def test_demo_shows_the_embedding_the_difference_the_report_and_a_speed(monkeypa
     apart = re.findall("(.*)  (?:the sentence alone|32 docstrings in a batch)\n", result.stdout)
     assert len(apart) == 2
     assert 0 < max(map(float, apart)) < 1e-5
-    assert "3 calls on the kernels" in result.stdout
+    assert "3 fast calls" in result.stdout
     assert result.stdout.count("not measured here") == 2
 
 

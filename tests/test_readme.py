@@ -4,6 +4,7 @@ They name bert-base-uncased; in the folder where they run here, a directory of t
 it, with the shipped checkpoint in it, since tests do not reach the hub.
 """
 
+import ast
 import os
 import pathlib
 import re
@@ -62,3 +63,17 @@ def test_make_targets_exist():
 def test_links_lead_somewhere():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("file", ["coverage", "inputs"])
+def test_every_reason_for_the_stock_forward_is_on_the_page(file):
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    reasons = []
+    for node in ast.walk(ast.parse((ROOT / "bert_fast" / f"{file}.py").read_text())):
+        value = node.value if isinstance(node, ast.Return) else None
+        parts = value.values if isinstance(value, ast.JoinedStr) else [value]
+        said = [p.value for p in parts if isinstance(p, ast.Constant)]
+        said = [text.strip(" :,(") for text in said if isinstance(text, str)]
+        reasons += [max(said, key=len)] if said else []
+    assert len(reasons) > 2
+    assert [reason for reason in reasons if reason not in page] == []

@@ -304,6 +304,8 @@ BAD = {
     },
     "input_ids must be int32 or int64 [B, S], got float32": {"input_ids": torch.zeros(B, S)},
     "input_ids is on meta and the model on": {"input_ids": ids_of().to("meta")},
+    "input_ids must be a tensor, got list": {"input_ids": [[1, 2]]},
+    "position_ids must be a tensor, got range": {"position_ids": range(S)},
 }
 BAD_IDS = {
     "input_ids must be in 0 to 98, the rows of its table; got 99": {"input_ids": ids_of() + 1},
@@ -492,7 +494,7 @@ def test_report_tells_what_ran_where(device):
     assert swapped.backend == bert_fast.kernels.backend(device)
     assert (swapped.fast_calls, swapped.stock_calls) == (1, {"output_attentions": 1})
     text = str(bert_fast.report(model))
-    assert "1 calls on the kernels" in text
+    assert "1 fast calls" in text
     assert "1 calls on the stock forward: output_attentions" in text
     assert "stock, not accelerated" in str(bert_fast.report(stock_model()))
     assert "no BertModel" in str(bert_fast.report(torch.nn.Linear(1, 1)))
