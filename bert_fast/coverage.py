@@ -144,24 +144,12 @@ def reason_of_model(model):
     if torch.compiler.is_compiling() and any(map(checkpoints, layers_of(model))):
         return "gradient checkpointing under torch.compile"
     if torch.compiler.is_dynamo_compiling():
-        # It traces no look at hooks, and would run none on modules that are not called.
-        return _first_reason(model, dtype, device, hooks=False) or _reason_of_hooks(model)
+        return _first_reason(model, dtype, device)
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "global module hooks"
     if output_capturing is not None and output_capturing._active_collector.get():
         return "an outer model records outputs of these modules"
-    return _first_reason(model, dtype, device, hooks=True) or _reason_of_buffers(model)
-
-
-@torch.compiler.assume_constant_result
-def _reason_of_hooks(model):
-    """As it is traced: hooks that come later are not seen, as nowhere under torch.compile."""
-    for path, module in model.named_modules():
-        if module is not model and path.partition(".")[0] != "pooler":
-            hooks = [h for name in HOOKS for h in getattr(module, name).values()]
-            if not all(map(_is_harmless, hooks)):
-                return f"{path}: hooks, which the kernels would not run"
-    return None
+    return _first_reason(model, dtype, device) or _reason_of_buffers(model)
 
 
 _counting = WeakIdKeyDictionary()  # buffers: their version when they were looked at, and if they do
@@ -232,13 +220,13 @@ def asked(model, kwargs, name):
     return getattr(model.config, name, False) if value is None else value
 
 
-def _first_reason(model, dtype, device, hooks):
+def _first_reason(model, dtype, device):
     architecture = model.architecture
     index = device.index if device.type == "cuda" else -1  # as Tensor.get_device has it
     names = ("embeddings", architecture.project, architecture.encoder)
     todo = [model._modules[name] for name in names if name in model._modules]
     for module in todo:
-        if reason := _reason_of_module(module, dtype, index, hooks):
+        if reason := _reason_of_module(module, dtype, index):
             return f"{_path(model, module)}: {reason}"
         todo += module._modules.values()
     heads, is_decoder = model.config.num_attention_heads, decodes(model)
@@ -268,7 +256,7 @@ def _reason_of_layer(architecture, layer, heads, is_decoder):
     return None
 
 
-def _reason_of_module(module, dtype, device_index, hooks):
+def _reason_of_module(module, dtype, device_index):
     """As reason_of_model, of one module of the encoder. Called for each at each call: 1 us."""
     kind = type(module)
     if kind not in MODULES:
@@ -278,7 +266,7 @@ def _reason_of_module(module, dtype, device_index, hooks):
         return "forward replaced on the module"
     if kind.forward is not MODULES[kind]:
         return f"forward replaced on {kind.__qualname__}"
-    if hooks and (  # spelled out: a loop over HOOKS takes three times as long
+    if (  # spelled out: a loop over HOOKS takes three times as long
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
