@@ -1,7 +1,7 @@
 # make demo   set up .venv and run BERT on the shipped checkpoint
 # make test   set up .venv and run the tests
 # make bench  time ops and models on the device that is there, into FILE if it is given
-# make readme print the README's figures and pictures from bench/results/
+# make readme print the README's figures, docs/results.md and pictures from bench/results/
 # make compat the tests with the oldest and newest torch and transformers of tox.ini
 # make hf-tests SRC=FOLDER   transformers' own tests of BERT, from a checkout; MODELS="bert roberta"
 # make gpu    on a GPU: tests on the real kernels, sanitizer, benchmark, tuning, counters, each into a

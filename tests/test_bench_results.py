@@ -284,14 +284,15 @@ def test_the_readme_and_its_pictures_are_what_the_results_say():
 
 @pytest.fixture
 def house(tmp_path, monkeypatch):
-    """A README of its own, with one result: (its path, the result's path)."""
+    """A README and a page of its own, with one result: (the README's path, the result's)."""
     for name, path in (("RESULTS", "results"), ("PICTURES", "pictures")):
         (tmp_path / path).mkdir()
         monkeypatch.setattr(readme, name, tmp_path / path)
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    for name in ("README", "PAGE"):
+        monkeypatch.setattr(readme, name, tmp_path / f"{name}.md")
+        saved(tmp_path / f"{name}.md", f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     monkeypatch.setattr(readme.newest, "__defaults__", (tmp_path / "results",))
-    saved(tmp_path / "README.md", f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     error = {"max": 2e-6, "rms": 1e-6}
     rows = [
         row("stock sdpa", 1.0, error=error, baseline_error=error),
@@ -311,18 +312,21 @@ def test_the_readme_is_stale_as_soon_as_a_figure_changes(house, monkeypatch):
         saved(to, f"<!-- data {plots.digest(data)} -->")
 
     monkeypatch.setattr(plots, "draw", draw)
-    assert readme.stale() == ["README.md", "pictures/cpu-padding.svg"]
+    assert readme.stale() == ["README.md", "PAGE.md", "pictures/cpu-padding.svg"]
     readme.main(type("Options", (), {"check": False}), pytest.fail)
     assert readme.stale() == []
     printed = text.read_text()
-    assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 1.00 |" in printed
-    assert printed.startswith("before\n")
-    assert printed.endswith("after\n")
+    assert "| float32 | base full-128 | 1.00 | 2.0 (1.9 to 2.1) | 1.00 |" in printed
+    page = text.with_name("PAGE.md").read_text()
+    assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 1.00 |" in page
+    for whole in (printed, page):
+        assert whole.startswith("before\n")
+        assert whole.endswith("after\n")
     measured = json.loads(path.read_text())
     again = copy.deepcopy(measured)
     again["rows"][2]["ratio_median"] = 4.2
     saved(path, again)
-    assert readme.stale() == ["README.md", "pictures/cpu-padding.svg"]
+    assert readme.stale() == ["README.md", "PAGE.md", "pictures/cpu-padding.svg"]
     saved(path, measured)
     saved(text, printed.replace("2.0 (1.9 to 2.1)", "3.0 (2.9 to 3.1)"))
     assert readme.stale() == ["README.md"]
@@ -354,23 +358,37 @@ def test_a_contender_has_a_column_where_it_was_measured(house):
     _, path = house
     name = "stock sdpa, CUDA graphs"
     assert name in [model.name for model in contenders.MODELS]
-    assert name not in readme.block(readme.newest(), [])
+    assert name not in readme.everything(readme.newest(), [])
     measured = json.loads(path.read_text())
     measured["rows"].append(row(name, 1.6))
     saved(path, measured)
-    printed = readme.block(readme.newest(), [])
+    printed = readme.everything(readme.newest(), [])
     assert f"| stock sdpa | {name} |" in printed
     assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 1.2 |" in printed  # 2.0 / 1.6
 
 
+def test_the_readme_has_what_is_asked_for_of_the_newest_file(house):
+    _, path = house
+    newer = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00"}
+    for r in newer["rows"]:
+        r["workload"] = {"base full-128": "base full-128x8"}.get(r["workload"], "12x32 odd")
+        r["ratio_median"] *= 3
+    saved(path.with_name("z-newer.json"), newer)
+    printed = readme.summary(readme.newest(), [])
+    name = newer["device"]["name"]
+    assert f"| {name} | float32 | base full-128 | 1.00 | 6.0" in printed
+    assert f"| {name} | float32 | base squad-384 | 0.50 | 4.0" in printed  # of the older one
+    assert printed.count("full-128") == 1 and "odd" not in printed
+
+
 def test_frozen_weights_have_a_column_where_they_were_measured(house):
     _, path = house
-    assert "frozen" not in readme.block(readme.newest(), [])
+    assert "frozen" not in readme.everything(readme.newest(), [])
     measured = json.loads(path.read_text())
     error = measured["rows"][0]["error"]
     measured["rows"].append(row("ours, frozen", 3.0, error=error, baseline_error=error))
     saved(path, measured)
-    printed = readme.block(readme.newest(), [])
+    printed = readme.everything(readme.newest(), [])
     assert "| stock sdpa | ours frozen, over stock sdpa |" in printed
     assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 3.0 |" in printed
     assert "| base squad-384 | float32 | 0.50 | 4.0 (3.8 to 4.2) |  |" in printed
