@@ -30,6 +30,7 @@ MODULES = {  # what an encoder may be made of: exactly these, no subclass, and t
         nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, EXACT_GELU,
     }.union(*(architecture.classes() for architecture in ARCHITECTURES))
 }  # fmt: skip
+CHUNKS = {kind: vars(kind).get("feed_forward_chunk") for kind in MODULES}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
@@ -144,12 +145,21 @@ def reason_of_model(model):
     if torch.compiler.is_compiling() and any(map(checkpoints, layers_of(model))):
         return "gradient checkpointing under torch.compile"
     if torch.compiler.is_dynamo_compiling():
-        return _first_reason(model, dtype, device)
+        return _first_reason(model, dtype, device) or _reason_of_lengths(model)
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "global module hooks"
     if output_capturing is not None and output_capturing._active_collector.get():
         return "an outer model records outputs of these modules"
     return _first_reason(model, dtype, device) or _reason_of_buffers(model)
+
+
+def _reason_of_lengths(model):
+    """As _reason_of_buffers, where no number can be looked at."""
+    table = at(model, model.architecture.embeddings.position).weight
+    t = model._modules["embeddings"]._buffers.get("position_ids")
+    if model.architecture.position_ids is None and t is not None and t.shape[-1] != len(table):
+        return "embeddings.position_ids with other numbers than usual"
+    return None
 
 
 _counting = WeakIdKeyDictionary()  # buffers: their version when they were looked at, and if they do
@@ -168,7 +178,8 @@ def _reason_of_buffers(model):
         if _counting.get(t, (-1,))[0] != version:
             if t.is_cuda and torch.cuda.is_current_stream_capturing():
                 continue
-            usual = torch.arange(t.shape[-1]) if counts else torch.zeros(t.shape[-1])
+            usual = torch.zeros(t.shape[-1], device="cpu")
+            usual = torch.arange(t.shape[-1], device="cpu") if counts else usual
             same = (t.cpu() == usual).all()
             if type(same) is not torch.Tensor:  # in a mode of fake tensors
                 continue
@@ -247,7 +258,14 @@ def _reason_of_layer(architecture, layer, heads, is_decoder):
         return f"activation {getattr(activation, '__qualname__', type(activation).__qualname__)}"
     if getattr(layer, "is_decoder", False) != is_decoder:
         return f"config.is_decoder is {is_decoder}, and was not when the model was made"
-    for paths in architecture.attentions(layer):
+    kind = type(layer)
+    if kind.__dict__.get("feed_forward_chunk") is not CHUNKS[kind] or (
+        "feed_forward_chunk" in layer.__dict__
+    ):
+        return "feed_forward_chunk replaced"
+    for paths, causal in zip(architecture.attentions(layer), (is_decoder, False)):
+        if getattr(at(layer, paths.core), "is_causal", causal) != causal:
+            return f"{paths.core}.is_causal is {not causal}"
         D = at(layer, paths.core).attention_head_size
         if at(layer, paths.query).weight.shape[0] != heads * D:
             return f"pruned heads: not {heads} (config.num_attention_heads)"
@@ -281,7 +299,7 @@ def _reason_of_module(module, dtype, device_index):
             type(p) is FakeTensor and torch.compiler.is_compiling()  # torch.export's, for a weight
         ):
             return f"weights of type {type(p).__name__}"
-        if p.dtype is not dtype or p.get_device() != device_index:
+        if p.dtype is not dtype or p.get_device() != device_index or p.is_meta:
             return f"{p.dtype} on {p.device} beside {dtype} on the model's device"
     if kind is nn.Embedding:
         if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:

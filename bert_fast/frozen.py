@@ -9,8 +9,9 @@ for, the copy is in fp32, which spares converting the weight at each product of 
 A change of the weights is noticed where PyTorch counts it (load_state_dict, `.to()`, any in-place
 operation on a parameter), and the copy is made anew. Writes through `.data` are not counted, nor
 are steps of fused optimizers. So a forward with gradients, which comes before such a step, drops
-copies too, and so does one on the stock forward, as while adapters are in. Nobody hears of other
-writes through `.data`: so accelerate(model, frozen=True) has to be asked for.
+copies too, none are made while weights have a gradient, and a call of the stock forward drops them,
+as while adapters are in. Nobody hears of other writes through `.data`: so accelerate(model,
+frozen=True) has to be asked for.
 """
 
 import torch
@@ -55,6 +56,9 @@ def prepacked(linears, x):
         kept.drop()
         return None
     weights = [m.weight for m in linears]
+    if any(w.grad is not None for w in weights):  # a step may follow
+        kept.drop()
+        return None
     if not takes_prepacked(x) or any(w.is_inference() for w in weights):  # these count no writes
         return None
     return kept.of(weights)

@@ -405,7 +405,7 @@ def attention(
     args = (
         q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, dropout_p, seed
     )
-    if torch.is_grad_enabled():
+    if launch.is_recorded():
         return _Attention.apply(*args)
     return _attention(*args)
 

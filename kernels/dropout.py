@@ -216,7 +216,7 @@ def dropout(x, p, seed, residual=None, num_tokens=None):
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"dropout: residual must be {show(x)} like x, got {show(residual)}")
     launch.check_num_tokens("dropout", num_tokens)
-    if torch.is_grad_enabled():
+    if launch.is_recorded():
         return _Dropout.apply(x, p, seed, residual, num_tokens)
     return _dropout(x, p, seed, residual, num_tokens)
 

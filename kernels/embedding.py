@@ -145,10 +145,10 @@ def _positions(shape, row_index, num_tokens, device):
     return _packed(columns, row_index, num_tokens)
 
 
-def _sum(x, types, positions, word, token_type, position):
+def _sum(x, types, positions, word, token_type, position, padding_idx=None):
     """h [T, N] in fp32, or fp64 for fp64. x is ids [T] or embeddings [T, N]."""
     wide = torch.promote_types(word.dtype, torch.float32)
-    h = F.embedding(x, word).to(wide) if x.ndim == 1 else x.to(wide)
+    h = F.embedding(x, word, padding_idx).to(wide) if x.ndim == 1 else x.to(wide)
     h = h + (token_type[0] if types is None else F.embedding(types, token_type))
     return h + F.embedding(positions, position)
 
@@ -184,7 +184,8 @@ def _plain(
                     f"embedding: {name} must be in 0 to {len(table) - 1}, the rows of its table;"
                     f" got {low if low < 0 else high}"
                 )
-    h = _sum(x, types, positions, word, token_type, position)
+    # Autograd looks into the bare op of an exported program: hence padding_idx.
+    h = _sum(x, types, positions, word, token_type, position, padding_idx)
     return launch.with_room(plain_layer_norm(h, weight, bias, eps, word.dtype), T)
 
 
@@ -356,7 +357,7 @@ def embedding(
         input_ids, inputs_embeds, token_type_ids, position_ids, row_index, word, position,
         token_type, weight, bias, padding_idx, eps, num_tokens,
     )
-    if torch.is_grad_enabled():
+    if launch.is_recorded():
         return _Embedding.apply(*args)
     return _embedding(*args)
 

@@ -103,7 +103,8 @@ def _plain_backward(dy, x, bias, num_tokens):
     z = _sum(tokens, bias)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     dz = torch.ops.aten.gelu_backward(dy.to(z.dtype), z)
-    return launch.pad_rows(dz.to(x.dtype), x.shape[0]), dz.reshape(-1, x.shape[-1]).sum(0)
+    rows, N = math.prod(dz.shape[:-1]), x.shape[-1]
+    return launch.pad_rows(dz.to(x.dtype), x.shape[0]), dz.reshape(rows, N).sum(0)
 
 
 # -- registration ---------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def gelu(x, bias=None, num_tokens=None):
         want = show(x[..., :0].new_empty(x.shape[-1:]))
         raise ValueError(f"gelu: bias must be {want} like the rows of x, got {show(bias)}")
     launch.check_num_tokens("gelu", num_tokens)
-    if torch.is_grad_enabled():
+    if launch.is_recorded():
         return _Gelu.apply(x, bias, num_tokens)
     return _gelu(x, bias, num_tokens)
 
@@ -192,6 +193,7 @@ SPEC = Spec(
         {"shape": (7, 1)},
         {"shape": (11,), "bias": False},
         {"shape": (0, 64)},
+        {"shape": (3, 0)},
         {"shape": (3, 64), "bias": False},
         {"shape": (3, 64), "scale": 1e-6},
         {"shape": (3, 64), "scale": 100.0},  # saturated on both sides

@@ -121,14 +121,18 @@ def define(schema, outputs, launch, plain):
         with torch.cuda.device(device):
             return kernel(*args)
 
+    def fake(*args):
+        one_device(op, args)
+        return outputs(*args)
+
     name = schema.partition("(")[0]
     KERNELS[name] = kernel
     LIB.define(schema)
     LIB.impl(name, kernel_on_its_device, "CUDA")
     LIB.impl(name, kernel if INTERPRET else plain, "CPU")
     _without_autocast(name, "cpu")
-    torch.library.register_fake(f"bert_fast::{name}", outputs, lib=LIB)
-    op = getattr(torch.ops.bert_fast, name).default  # kernel_on_its_device names its arguments
+    torch.library.register_fake(f"bert_fast::{name}", fake, lib=LIB)
+    op = getattr(torch.ops.bert_fast, name).default  # the functions above name its arguments
     return op
 
 
@@ -173,6 +177,14 @@ def _without_autocast(name, device):
             return getattr(torch.ops.bert_fast, name)(*args)
 
     LIB.impl(name, call, f"Autocast{device.upper()}")
+
+
+def is_recorded():
+    """Whether autograd records what is called: nothing in inference mode, whatever else is on.
+    Dynamo cannot ask for that mode."""
+    return torch.is_grad_enabled() and (
+        torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
+    )
 
 
 def once_differentiable(backward):

@@ -528,7 +528,7 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
         want = f"{show(dtype)}[{T}, {N}]"
         raise ValueError(f"linear: residual must be {want} like the result, got {show(residual)}")
     launch.check_num_tokens("linear", num_tokens)
-    if torch.is_grad_enabled():
+    if launch.is_recorded():
         return _Linear.apply(x, weight, bias, activation, residual, num_tokens)
     return _linear(x, weight, bias, activation, residual, num_tokens)
 

@@ -255,7 +255,7 @@ def unpack(x, packed_row):
         raise ValueError(f"unpack: x must be fp32, fp16 or bf16 [T, N], got {show(x)}")
     if packed_row.ndim != 2 or packed_row.dtype != torch.int32:
         raise ValueError(f"unpack: packed_row must be int32[B, S], got {show(packed_row)}")
-    if torch.is_grad_enabled():
+    if launch.is_recorded():
         return _Unpack.apply(x, packed_row)
     return _unpack_op(x, packed_row)
 

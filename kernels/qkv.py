@@ -14,6 +14,7 @@ Source     Vaswani et al., Attention Is All You Need, 2017, section 3.2.2. Check
 """
 
 import torch
+from torch.nn import functional as F
 
 from . import launch
 from .launch import DTYPES, ceil_div, once_differentiable, show, tl, triton
@@ -107,9 +108,14 @@ def _forward(y, x, qw, qb, kw, kb, vw, vb, num_tokens):
 
 
 def _plain(x, qw, qb, kw, kb, vw, vb, num_tokens):
+    parts = (qw, qb), (kw, kb), (vw, vb)
+    if torch.is_grad_enabled():  # the bare op of an exported program, which autograd looks into
+        (tokens,) = launch.head(num_tokens, x)
+        y = torch.stack([plain_rows(tokens, *part, None, None) for part in parts])
+        return F.pad(y, (0, 0, 0, x.shape[0] - y.shape[1])).transpose(0, 1)
     y = _empty(x, qw)
     x, of_tokens = launch.head(num_tokens, x, y)
-    for i, (weight, bias) in enumerate(((qw, qb), (kw, kb), (vw, vb))):
+    for i, (weight, bias) in enumerate(parts):
         if x.itemsize == 2 or onednn_takes(x, weight, None):
             of_tokens[:, i] = plain_rows(x, weight, bias, None, None)
         else:
@@ -120,11 +126,14 @@ def _plain(x, qw, qb, kw, kb, vw, vb, num_tokens):
 def _plain_backward(dy, x, qw, kw, vw, num_tokens, needs_x, needs_weights):
     T = x.shape[0]
     dy, x = launch.head(num_tokens, dy, x)
-    none = x.new_empty(0)
-    dx = launch.pad_rows(matmul(dy.flatten(1), torch.cat((qw, kw, vw))), T) if needs_x else none
-    of_parts = []
+    dx, of_parts = x.new_empty(0), []
+    if needs_x:
+        dx = launch.pad_rows(matmul(dy.flatten(1), torch.cat((qw, kw, vw))), T)
     for part in dy.unbind(1):
-        of_parts += (matmul(part.mT, x), part.sum(0)) if needs_weights else (none, none)
+        if needs_weights:
+            of_parts += matmul(part.mT, x), part.sum(0)
+        else:
+            of_parts += x.new_empty(0), x.new_empty(0)
     return dx, *of_parts
 
 
@@ -215,7 +224,7 @@ def qkv(
     args = (
         x, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, num_tokens
     )
-    return _QKV.apply(*args) if torch.is_grad_enabled() else _qkv(*args)
+    return _QKV.apply(*args) if launch.is_recorded() else _qkv(*args)
 
 
 # -- spec -----------------------------------------------------------------------------------

@@ -195,6 +195,21 @@ def test_torch_export_has_our_ops_and_any_batch(device):
     torch.testing.assert_close(ours.last_hidden_state, expected.last_hidden_state)
 
 
+def test_an_exported_program_trains(device):
+    stock = stock_model(device=device).train()
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    gradients = []
+    for m in (stock, fast):
+        for part in m.modules():
+            if isinstance(part, torch.nn.Dropout):
+                part.p = 0.0
+        program = torch.export.export(m, (ids_of(device),)).module()
+        program(ids_of(device)).last_hidden_state.square().mean().backward()
+        gradients.append({name: p.grad for name, p in program.named_parameters()})
+    for name, g in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], g, atol=1e-4, rtol=1e-3, msg=name)
+
+
 def test_torch_export_runs_hooks_inside(device):
     fast = bert_fast.accelerate(stock_model(device=device))
     fast.encoder.layer[0].register_forward_hook(lambda module, inputs, output: output * 0)

@@ -261,6 +261,19 @@ def test_a_step_of_a_fused_optimizer_is_noticed():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def test_an_evaluation_before_a_fused_step_leaves_no_old_copy():
+    plain, model = pair()
+    for m in (plain, model):
+        m(ids_of())[0].square().sum().backward()
+        with torch.no_grad():
+            m(ids_of())
+        torch.optim.AdamW(m.parameters(), lr=0.1, fused=True).step()
+        m.zero_grad()
+    with torch.no_grad():
+        ours, theirs = model(ids_of())[0], plain(ids_of())[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
 def test_what_was_written_while_stock_ran_is_noticed():
     """As adapters are merged, through .data."""
     plain, model = pair()

@@ -533,6 +533,76 @@ def test_a_forward_that_was_replaced_on_a_class_is_asked(device, monkeypatch):
     assert "forward replaced on BertOutput" in bert_fast.report(fast).swapped[0].reason
 
 
+@pytest.mark.parametrize("where", ["model", "layers", "layer"])
+def test_other_methods_that_were_replaced_are_asked(where, device, monkeypatch):
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    if where == "model":
+        forward = transformers.BertModel.forward
+
+        def of_zeros(self, input_ids, **kwargs):
+            return forward(self, input_ids * 0, **kwargs)
+
+        monkeypatch.setattr(transformers.BertModel, "forward", of_zeros)
+    else:
+        for m in (stock, fast):
+            layer = m.encoder.layer[0]
+            owner = layer if where == "layer" else type(layer)
+            monkeypatch.setattr(owner, "feed_forward_chunk", lambda *args: args[-1])
+    with torch.no_grad():
+        ours, theirs = (m(ids_of(device))[0] for m in (fast, stock))
+    assert torch.equal(ours, theirs)
+    assert fast_calls(fast)[0][0] == 0
+
+
+def test_attention_that_was_made_causal_by_hand_is_stock_s(device):
+    stock = stock_model(device=device)
+    for layer in stock.encoder.layer:
+        layer.attention.self.is_causal = True
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    with torch.no_grad():
+        assert torch.equal(fast(ids_of(device))[0], stock(ids_of(device))[0])
+    assert_ran_stock(fast, "encoder.layer.0: attention.self.is_causal is True")
+
+
+def test_a_weight_on_meta_is_stock_s_error():
+    fast = bert_fast.accelerate(stock_model())
+    fast.encoder.layer[1].output.LayerNorm.to("meta")
+    assert "beside torch.float32 on the model's device" in bert_fast.report(fast).swapped[0].reason
+    with pytest.raises(RuntimeError, match="meta"):
+        fast(ids_of())
+
+
+def test_a_default_device_is_of_no_effect():
+    fast, ids = bert_fast.accelerate(stock_model()), ids_of()
+    with torch.device("meta"), torch.no_grad():
+        last = fast(ids).last_hidden_state
+    assert last.device.type == "cpu"
+    assert_ran_fast(fast)
+
+
+def test_gradients_may_be_on_in_inference_mode(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    with torch.inference_mode(), torch.enable_grad():
+        ours = fast(ids_of(device), masks(device)["right"])[0]
+    with torch.no_grad():
+        expected = fast(ids_of(device), masks(device)["right"])[0]
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_longer_buffers_of_positions_are_noticed_where_it_is_compiled(device):
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    torch.compiler.reset()
+    results = []
+    for m in (stock, fast):
+        m.embeddings.position_ids = torch.arange(99, device=device)[None] % 7
+        with torch.no_grad():
+            results.append(torch.compile(m, backend="eager")(ids_of(device))[0])
+    torch.compiler.reset()
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_hooks_in_the_encoder_are_run_where_it_is_compiled(device):
     stock = stock_model(device=device)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
