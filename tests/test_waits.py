@@ -136,7 +136,7 @@ def test_a_forward_that_reads_a_value_is_found(without_values):
 def test_a_forward_does_not_wait_for_the_gpu(name, kind):
     fast = bert_fast.accelerate(stock_model(name, "cuda", **MODELS[name]))
     inputs = inputs_of(name, kind, "cuda")
-    fast(**inputs)  # compiles, and moves weights
+    fast(**inputs)  # compiles, and looks at buffers
     torch.cuda.set_sync_debug_mode("error")
     try:
         fast(**inputs)
