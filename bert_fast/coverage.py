@@ -181,7 +181,7 @@ def _reason_of_buffers(model):
             usual = torch.zeros(t.shape[-1], device="cpu")
             usual = torch.arange(t.shape[-1], device="cpu") if counts else usual
             same = (t.cpu() == usual).all()
-            if type(same) is not torch.Tensor:  # in a mode of fake tensors
+            if type(same) is not torch.Tensor or same.is_meta:  # in a mode of fake tensors
                 continue
             _counting[t] = version, bool(same)
         if not _counting[t][1]:
@@ -234,10 +234,11 @@ def asked(model, kwargs, name):
 def _first_reason(model, dtype, device):
     architecture = model.architecture
     index = device.index if device.type == "cuda" else -1  # as Tensor.get_device has it
+    place = index, at(model, architecture.embeddings.word).weight.is_meta
     names = ("embeddings", architecture.project, architecture.encoder)
     todo = [model._modules[name] for name in names if name in model._modules]
     for module in todo:
-        if reason := _reason_of_module(module, dtype, index):
+        if reason := _reason_of_module(module, dtype, place):
             return f"{_path(model, module)}: {reason}"
         todo += module._modules.values()
     heads, is_decoder = model.config.num_attention_heads, decodes(model)
@@ -274,7 +275,7 @@ def _reason_of_layer(architecture, layer, heads, is_decoder):
     return None
 
 
-def _reason_of_module(module, dtype, device_index):
+def _reason_of_module(module, dtype, place):
     """As reason_of_model, of one module of the encoder. Called for each at each call: 1 us."""
     kind = type(module)
     if kind not in MODULES:
@@ -299,7 +300,7 @@ def _reason_of_module(module, dtype, device_index):
             type(p) is FakeTensor and torch.compiler.is_compiling()  # torch.export's, for a weight
         ):
             return f"weights of type {type(p).__name__}"
-        if p.dtype is not dtype or p.get_device() != device_index or p.is_meta:
+        if p.dtype is not dtype or (p.get_device(), p.is_meta) != place:
             return f"{p.dtype} on {p.device} beside {dtype} on the model's device"
     if kind is nn.Embedding:
         if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
