@@ -579,17 +579,15 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"layer_norm_backward\._sum_kernel integer: tl\.range\(.*num_stages=.*": (
         "how many loads are on their way changes no number"
     ),
-    # linear, and qkv
-    r"linear\.accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
-    r"(linear|qkv)\._forward_kernel flag: accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
-    r"linear\.accumulate number: tl\.load\(.*other=1\.0\)": "past K the other factor is 0",
-    r"(linear|qkv)\._forward_kernel name: .*, start_k, K, False, .*  ->  .*, start_k, [TN], .*": (
-        _UNUSED
-    ),
-    r"(linear|qkv)\._forward_kernel name: accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
+    # linear
+    r"linear\._accumulate condition: if MASKED:  ->  if True:": _ALL_TRUE,
+    r"linear\.product flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
+    r"linear\._accumulate number: tl\.load\(.*other=1\.0\)": "past K the other factor is 0",
+    r"linear\.product name: .*, start_k, K, False, .*  ->  .*, start_k, (rows|N), .*": _UNUSED,
+    r"linear\.product name: _accumulate\(.*, full, K, True, .*  ->  .*BLOCK_[MN]\)": (
         "a longer step is masked past K; the interpreter takes the largest tiles, none shorter"
     ),
-    r"(linear|qkv)\._forward_kernel condition: if REST:  ->  if True:": (
+    r"linear\.product condition: if REST:  ->  if True:": (
         "a step that is past K altogether adds products of zeros"
     ),
     r"linear\._persistent_kernel name: tl\.cdiv\(N, BLOCK_N\)  ->  .*BLOCK_[MK]\)": (

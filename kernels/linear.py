@@ -48,7 +48,7 @@ def linear_ref(x, weight, bias=None, activation=None, residual=None, num_tokens=
 
 # -- kernels --------------------------------------------------------------------------------
 @triton.jit
-def accumulate(
+def _accumulate(
     acc,  # [BLOCK_M, BLOCK_N]
     x_ptrs,  # [BLOCK_M, 1]: first element of each row
     weight_ptrs,  # [1, BLOCK_N]: the same, of the rows of weight
@@ -68,6 +68,30 @@ def accumulate(
         x = tl.load(x_ptrs + offs_k[None, :])
         weight = tl.load(weight_ptrs + offs_k[:, None])
     return tl.dot(x, weight, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product(
+    x_ptr, weight_ptr, stride_xt, stride_wn,
+    start_m, start_n,
+    rows, N, K,
+    PRECISION: tl.constexpr,
+    REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """The tile of x W^T in fp32 [BLOCK_M, BLOCK_N] that starts at (start_m, start_n)."""
+    # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
+    rows_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
+    rows_n = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+    x_ptrs = x_ptr + rows_m[:, None] * stride_xt
+    weight_ptrs = weight_ptr + rows_n[None, :] * stride_wn
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    full = K // BLOCK_K * BLOCK_K
+    for start_k in range(0, full, BLOCK_K):
+        acc = _accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
+    if REST:
+        acc = _accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
+    return acc
 
 
 @triton.jit
@@ -138,26 +162,15 @@ def _forward_kernel(
     pid = tl.program_id(0)
     start_m = pid // blocks_n * BLOCK_M
     start_n = pid % blocks_n * BLOCK_N
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
     rows = T
     if num_tokens_ptr is not None:
         rows = tl.minimum(tl.load(num_tokens_ptr), T)
         if start_m >= rows:
             return
-
-    # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
-    rows_m = tl.minimum(offs_m, rows - 1).to(tl.int64)
-    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    x_ptrs = x_ptr + rows_m[:, None] * stride_xt
-    weight_ptrs = weight_ptr + rows_n[None, :] * stride_wn
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    full = K // BLOCK_K * BLOCK_K
-    for start_k in range(0, full, BLOCK_K):
-        acc = accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
-    if REST:
-        acc = accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
-
+    acc = product(
+        x_ptr, weight_ptr, stride_xt, stride_wn,
+        start_m, start_n, rows, N, K, PRECISION, REST, BLOCK_M, BLOCK_N, BLOCK_K,
+    )
     _finish(
         acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
         start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N,

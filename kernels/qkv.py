@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import launch
 from .launch import DTYPES, ceil_div, once_differentiable, show, tl, triton
-from .linear import accumulate, linear_ref, matmul, onednn_takes, plain_rows, tile_of
+from .linear import linear_ref, matmul, onednn_takes, plain_rows, product, tile_of
 from .spec import Spec
 
 
@@ -64,23 +64,15 @@ def _forward_kernel(
     if i == 2:
         weight_ptr, bias_ptr = value_weight_ptr, value_bias_ptr
 
-    # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
+    acc = product(
+        x_ptr, weight_ptr, stride_xt, K,
+        start_m, start_n, rows, N, K, PRECISION, REST, BLOCK_M, BLOCK_N, BLOCK_K,
+    )
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    rows_m = tl.minimum(offs_m, rows - 1).to(tl.int64)  # row * stride may pass 2^31
-    rows_y = i.to(tl.int64) * T + rows_m
-    rows_n = tl.minimum(offs_n, N - 1).to(tl.int64)
-    x_ptrs = x_ptr + rows_m[:, None] * stride_xt
-    weight_ptrs = weight_ptr + rows_n[None, :] * K
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    full = K // BLOCK_K * BLOCK_K
-    for start_k in range(0, full, BLOCK_K):
-        acc = accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
-    if REST:
-        acc = accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
-
     mask_n = offs_n < N
     y = acc + tl.load(bias_ptr + offs_n, mask=mask_n)[None, :]
+    rows_y = i.to(tl.int64) * T + offs_m  # row * N may pass 2^31
     mask = (offs_m < rows)[:, None] & mask_n[None, :]
     tl.store(y_ptr + rows_y[:, None] * N + offs_n[None, :], y, mask=mask)
 
