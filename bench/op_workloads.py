@@ -9,7 +9,7 @@ from op_peers import BASELINES, OTHERS
 from workloads import Contender, Problem, Workload
 
 from bert_fast.kernels import SPECS
-from bert_fast.kernels.spec import cast, is_float
+from bert_fast.kernels.spec import cast, is_float, tensors_of
 
 MORE = {  # cases beside a Spec's
     "attention": tuple(
@@ -80,7 +80,7 @@ def _peak(t):
 
 
 def _tensors(result, inputs=None):
-    return list(result) if isinstance(result, tuple) else [result]
+    return tensors_of(result)
 
 
 def _op_gate(error, baseline, ulp):

@@ -32,7 +32,7 @@ from rich.table import Table
 from rows import error_of
 
 from bert_fast.kernels import SPECS, launch
-from bert_fast.kernels.spec import cast
+from bert_fast.kernels.spec import cast, tensors_of
 
 GAIN = 0.98  # of the time that is needed to be chosen: a change within the noise is none
 TABLES = Path(__file__).resolve().parents[1] / "kernels" / "tuned"
@@ -274,11 +274,6 @@ def groups(specs, dtype, device):
                 found[which][:2] = default, fixed
                 found[which][2].append((spec, case))
     return dict(found)
-
-
-def tensors_of(result):
-    """What an op returns, as a list: gradients are several."""
-    return list(result) if isinstance(result, tuple) else [result]
 
 
 def problem(spec, case, dtype, device):

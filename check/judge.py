@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast.kernels import launch
-from bert_fast.kernels.spec import cast, is_float
+from bert_fast.kernels.spec import cast, is_float, tensors_of
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -75,7 +75,7 @@ class Judge:
         self.dtype = dtype
         exact = cast(inputs, torch.float64)
         truth = spec.ref(**exact)
-        self.truth = _tensors(truth)
+        self.truth = tensors_of(truth)
         near = dtype if spec.rounds_inside else torch.float32
         weight = 1 if spec.rounds_inside and dtype != torch.float32 else 4
         versions = [spec.ref(**cast(inputs, near))]
@@ -83,7 +83,7 @@ class Judge:
             with InOrder(backwards):
                 versions.append(spec.ref(**cast(inputs, near)))
         versions += [spec.ref(**moved(exact, torch.finfo(near).eps, seed)) for seed in range(4)]
-        versions = [_tensors(v) for v in versions]
+        versions = [tensors_of(v) for v in versions]
         self.cost = [
             weight * max(distance(v[i], t) for v in versions) if is_float(t) else 0.0
             for i, t in enumerate(self.truth)
@@ -94,7 +94,7 @@ class Judge:
         # Gradients within softmax pass the largest fp16 on the way, stock's as well as the op's.
         gradients = spec.rounds_inside and spec.gradient
         self.free = [~t.isfinite() & gradients for t in versions[0]]
-        stock = versions if near == dtype else [_tensors(spec.ref(**cast(inputs, dtype)))]
+        stock = versions if near == dtype else [tensors_of(spec.ref(**cast(inputs, dtype)))]
         pairs = [(s, t) for s, t in zip(stock[0], self.truth, strict=True) if is_float(t)]
         self.stock = max((self._error_of_stock(s, t) for s, t in pairs), default=0.0)
 
@@ -113,7 +113,7 @@ class Judge:
         What is wrong beyond measure (shape, dtype, NaN, an integer) is inf.
         """
         worst, error = 0.0, 0.0
-        output = _tensors(output)
+        output = tensors_of(output)
         if len(output) != len(self.truth):
             return torch.inf, torch.inf
         given = zip(output, self.truth, self.cost, self.dtypes, self.free, strict=True)
@@ -143,10 +143,6 @@ class Judge:
             worst = max(worst, share.nan_to_num(torch.inf).max().item())
             error = max(error, distance(ours, truth))
         return worst, error / self.stock if self.stock else 0.0
-
-
-def _tensors(result):
-    return list(result) if isinstance(result, tuple) else [result]
 
 
 # -- variants -------------------------------------------------------------------------------

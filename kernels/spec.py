@@ -44,6 +44,11 @@ def cast(inputs, dtype):
     return {k: t.to(dtype) if is_float(t) else t for k, t in inputs.items()}
 
 
+def tensors_of(result):
+    """What an op returns, as a list: gradients are several."""
+    return list(result) if isinstance(result, tuple) else [result]
+
+
 def _short(value):
     """str, but 64x512 for a tuple of 64 times 512, 64x20..256 for other long ones, and a dtype
     without its module."""
