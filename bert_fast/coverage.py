@@ -146,6 +146,9 @@ def reason_of_model(model):
         return "gradient checkpointing under torch.compile"
     if torch.compiler.is_dynamo_compiling():
         return _first_reason(model, dtype, device) or _reason_of_lengths(model)
+    stock, forward = model.stock
+    if stock.forward is not forward:
+        return f"forward replaced on transformers.{stock.__name__}"
     if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
         return "global module hooks"
     if output_capturing is not None and output_capturing._active_collector.get():
@@ -168,19 +171,18 @@ _counting = WeakIdKeyDictionary()  # buffers: their version when they were looke
 def _reason_of_buffers(model):
     """Where a call says no positions or token types, stock has buffers of them, which somebody may
     have replaced; the kernels count, and take type 0. Their numbers are looked at once."""
-    embeddings = model._modules["embeddings"]
-    for name, counts in (("position_ids", model.architecture.position_ids is None),
-                         ("token_type_ids", False)):  # fmt: skip
-        t = embeddings._buffers.get(name)
-        if type(t) is not torch.Tensor or t.is_meta or (name == "position_ids" and not counts):
+    names = {"token_type_ids": 0}  # and by how much one number is more than the last
+    if model.architecture.position_ids is None:
+        names["position_ids"] = 1
+    for name, step in names.items():
+        t = model._modules["embeddings"]._buffers.get(name)
+        if type(t) is not torch.Tensor or t.is_meta:
             continue
         version = None if t.is_inference() else t._version
         if _counting.get(t, (-1,))[0] != version:
             if t.is_cuda and torch.cuda.is_current_stream_capturing():
                 continue
-            usual = torch.zeros(t.shape[-1], device="cpu")
-            usual = torch.arange(t.shape[-1], device="cpu") if counts else usual
-            same = (t.cpu() == usual).all()
+            same = (t.cpu() == step * torch.arange(t.shape[-1], device="cpu")).all()
             if type(same) is not torch.Tensor or same.is_meta:  # in a mode of fake tensors
                 continue
             _counting[t] = version, bool(same)

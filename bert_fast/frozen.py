@@ -52,11 +52,9 @@ def prepacked(linears, x):
     kept = linears[0].__dict__.get(NAME)
     if kept is None or torch.compiler.is_compiling():
         return None
-    if x.device.type != "cpu" or torch.is_grad_enabled():
-        kept.drop()
-        return None
     weights = [m.weight for m in linears]
-    if any(w.grad is not None for w in weights):  # a step may follow
+    trains = torch.is_grad_enabled() or any(w.grad is not None for w in weights)
+    if x.device.type != "cpu" or trains:  # a step may follow
         kept.drop()
         return None
     if not takes_prepacked(x) or any(w.is_inference() for w in weights):  # these count no writes

@@ -59,10 +59,10 @@ class Bucket(NamedTuple):
 def bucket_of(model, inputs, kwargs):
     """The Bucket of a call, or None where a graph cannot serve it."""
     x = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
+    if torch.is_grad_enabled() or is_transformed():
+        return None
     given = [t for name in COPIED if (t := getattr(inputs, name)) is not None]
     if x is None or not all(isinstance(t, torch.Tensor) for t in given) or x.ndim < 2:
-        return None
-    if torch.is_grad_enabled() or is_transformed():
         return None
     if not there_are(x.device) or torch.is_autocast_enabled(x.device.type):
         return None

@@ -553,6 +553,7 @@ def test_other_methods_that_were_replaced_are_asked(where, device, monkeypatch):
         ours, theirs = (m(ids_of(device))[0] for m in (fast, stock))
     assert torch.equal(ours, theirs)
     assert fast_calls(fast)[0][0] == 0
+    assert "replaced" in bert_fast.report(fast).swapped[0].reason
 
 
 def test_attention_that_was_made_causal_by_hand_is_stock_s(device):
