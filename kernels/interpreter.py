@@ -332,7 +332,7 @@ def _options_are_forgotten():
 # -- calls of device functions --------------------------------------------------------------
 def _mend_calls():
     """A launch puts the interpreter's functions in the place of the language's until it ends. Each
-    call of a jit function by another did so anew, which was a third of the time of a kernel."""
+    call of a jit function by another did so anew, which was a fifth of the time of a kernel."""
     patch = interpreter._patch_lang
     patched = set()  # of tl and tl.core, those of the present launch
 
