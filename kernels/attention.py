@@ -287,7 +287,8 @@ def _plain(
     definition where there is dropout."""
     max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
     dtype = q.dtype
-    q, k, v = launch.for_products(q, k, v)
+    if not (launch.AVX512 and launch.INTEL):  # there 16 bits take as long as fp32, or less
+        q, k, v = launch.for_products(q, k, v)
     parts = []
     for n, Lq, Lk, start_q, start_k in runs(q, k, cu_seqlens, cu_seqlens_k):
         if Lq > max_seqlen or Lk > max_seqlen_k:

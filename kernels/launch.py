@@ -65,13 +65,24 @@ def missing(device):
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch tells none
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+INTEL = CPU.get("cpu_name", "").startswith("Intel")  # on which alone MKL uses AVX-512
+
+
 @functools.cache
-def cpu_multiplies(dtype):
-    """Whether this CPU, by way of oneDNN, has products of dtype. Where it has none of 16 bits, as
-    most have none of fp16, torch's own take some seven times as long as those in fp32."""
+def cpu_multiplies(dtype, few=False):
+    """Whether products of dtype are best left in it on this CPU; few is of a few rows.
+
+    Where there are no instructions for 16 bits, as most have none for fp16, those take four to
+    seven times as long as in fp32. But where oneDNN emulates bf16, with AVX-512, a few rows take
+    less than to bring their weight to fp32."""
     short = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None) if short else None
-    return short is None or (supported is not None and supported())
+    if short is None:
+        return True
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{short}_supported", None)
+    emulated = dtype == torch.bfloat16 and AVX512 and not CPU.get("avx512_bf16", True)
+    return supported is not None and supported() and (few or not emulated)
 
 
 def for_products(*tensors):

@@ -350,27 +350,33 @@ SMALL = 2**14  # elements of a weight for which oneDNN's 10 us a call are more t
 
 ROWS = 64  # of x, that a layout is chosen for; it suits any number of them
 
-AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+SHORT = 48  # rows up to which MKL's time on Intel's leaps from shape to shape, by a factor of four
 
 FEW = 24  # rows for which oneDNN in its own layout is ahead of MKL without AVX-512
+
+EMULATED = 16  # rows of bf16 that oneDNN is ahead with, where it has no instructions for them
 
 _product, _product_and_add = _find_products()
 _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _product else None
 ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _onednn_leads(x):
-    """Whether oneDNN is ahead of torch's own product of x [T, K]: not in fp32 without AVX-512."""
-    return AVX512 or x.itemsize == 2
+def _onednn_leads(x, alone=False):
+    """Whether oneDNN is ahead of torch's own product of x [T, K]; alone says that nothing follows
+    it, for which oneDNN would spare a pass. In fp32 it is behind without AVX-512, and behind MKL
+    with it."""
+    return x.itemsize == 2 or (
+        launch.AVX512 and not (launch.INTEL and alone and len(x) > SHORT)
+    )
 
 
-def onednn_takes(x, weight, residual, prepacked=False):
+def onednn_takes(x, weight, residual, activation=None, prepacked=False):
     tensors = [t for t in (x, weight, residual) if t is not None]
     return (
         _product is not None
-        and (prepacked or _onednn_leads(x))
+        and (prepacked or _onednn_leads(x, alone=not activation and residual is None))
         and x.dtype in ONEDNN_DTYPES
-        and launch.cpu_multiplies(x.dtype)
+        and launch.cpu_multiplies(x.dtype, len(x) <= EMULATED)
         and weight.numel() >= SMALL
         and all(t.is_contiguous() for t in tensors)  # another layout is a thousand times slower
         and torch.backends.mkldnn.enabled
@@ -385,7 +391,7 @@ def _plain(x, weight, bias, activation, residual, num_tokens):
 
 def plain_rows(x, weight, bias, activation, residual):
     both = activation and residual is not None  # oneDNN takes one of them with its product
-    if onednn_takes(x, weight, residual) and not (both and x.itemsize == 2):
+    if onednn_takes(x, weight, residual, activation) and not (both and x.itemsize == 2):
         return _onednn(x, weight, bias, activation, residual)
     further = activation or residual is not None
     if x.itemsize == 2 and (further or not launch.cpu_multiplies(x.dtype)):  # rounded once

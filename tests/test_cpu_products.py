@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ linear_file, attention_file = (
 )
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise", "scaled_dot_product")
 HALVES = [torch.bfloat16, torch.float16]
+multiplies = launch.cpu_multiplies.__wrapped__  # what it says is kept, but for tests
 
 
 class Products(TorchDispatchMode):
@@ -41,7 +43,8 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def neither(monkeypatch):
-    monkeypatch.setattr(launch, "cpu_multiplies", lambda dtype: dtype not in HALVES)
+    monkeypatch.setattr(launch, "cpu_multiplies", lambda dtype, few=False: dtype not in HALVES)
+    monkeypatch.setattr(launch, "INTEL", False)
 
 
 def products_of(fn, *args):
@@ -61,6 +64,42 @@ def test_linear(size, form, dtype):
     y = products_of(linear_file._plain, *(inputs[name] for name in order), None)
     assert y.dtype == dtype
     assert Judge(LINEAR, inputs, dtype)(y)[0] <= 1
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_that_onednn_emulates_is_left_to_it_in_few_rows_alone(has, monkeypatch):
+    monkeypatch.setattr(launch, "AVX512", True)
+    monkeypatch.setattr(launch, "CPU", {"avx512_bf16": has})
+    supported = mock.Mock(return_value=True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
+    assert multiplies(torch.bfloat16) == has
+    assert multiplies(torch.bfloat16, few=True)
+    assert multiplies(torch.float32)
+    supported.return_value = False
+    assert not multiplies(torch.bfloat16, few=True)
+
+
+def test_few_rows_may_be_multiplied_as_they_are(monkeypatch):
+    if linear_file._product is None:
+        pytest.skip("this torch has no oneDNN, or calls its product by another name")
+    bf16 = torch.bfloat16
+    monkeypatch.setattr(launch, "cpu_multiplies", lambda dtype, few=False: few or dtype != bf16)
+    most = linear_file.EMULATED
+    x, weight = torch.randn(most + 1, 131).to(bf16), torch.randn(131, 131).to(bf16)
+    with torch.no_grad(), Products() as products:
+        linear_file._plain(x[:most], weight, None, None, None, None)
+    assert set(products.dtypes) == {bf16}
+    products_of(linear_file._plain, x, weight, None, None, None, None)
+
+
+def test_attention_of_16_bits_stays_in_them_on_intels_avx512(monkeypatch):
+    monkeypatch.setattr(launch, "INTEL", True)
+    monkeypatch.setattr(launch, "AVX512", True)
+    q, k, v = torch.randn(3, 5, 2, 32, dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+    with torch.no_grad(), Products() as products:
+        attention_file._plain(q, k, v, cu_seqlens, None, 5, None, False, 0.1, 0.0, None)
+    assert set(products.dtypes) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

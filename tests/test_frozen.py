@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import bert_fast
 from bert_fast import encoder, frozen
+from bert_fast.kernels import launch
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 from bert_fast.kernels.linear import SPEC as LINEAR
 from bert_fast.kernels.linear import prepack, prepacked_linear
@@ -31,7 +32,7 @@ linear_file = importlib.import_module("bert_fast.kernels.linear")
 @pytest.fixture(autouse=True)
 def any_number_of_rows(monkeypatch):
     """As with AVX-512; without, only short inputs run on the copy."""
-    monkeypatch.setattr(linear_file, "AVX512", True)
+    monkeypatch.setattr(launch, "AVX512", True)
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def test_the_copy_goes_where_weights_leave_the_cpu():
 
 @torch.no_grad()
 def test_without_avx512_short_inputs_alone_run_on_the_copy(made, monkeypatch):
-    monkeypatch.setattr(linear_file, "AVX512", False)
+    monkeypatch.setattr(launch, "AVX512", False)
     _, model = pair()
     model(ids_of(shape=(2, linear_file.FEW // 2)))
     used = made["used"]

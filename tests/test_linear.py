@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bert_fast.kernels import linear
+from bert_fast.kernels import launch, linear
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
 file = importlib.import_module("bert_fast.kernels.linear")
@@ -109,34 +109,54 @@ def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
 
 
 # -- oneDNN --------------------------------------------------------------------------------
-@pytest.mark.skipif(KERNELS, reason="oneDNN is for the CPU's own implementation")
-@torch.no_grad()
-def test_onednn_is_taken_and_may_be_switched_off(monkeypatch):
-    monkeypatch.setattr(file, "AVX512", True)
-    args = operands(5, 128, 128, torch.float32)
-    residual = torch.randn(5, 128)
+@pytest.fixture
+def onednn(monkeypatch):
+    """The calls of oneDNN's products, on a CPU with AVX-512 that is not Intel's."""
+    if file._product is None:
+        pytest.skip("this torch has no oneDNN, or calls its product by another name")
     calls = []
     product, product_and_add = file._product, file._product_and_add
-    if product is None:
-        pytest.skip("this torch has no oneDNN, or calls its product by another name")
     monkeypatch.setattr(file, "_product", lambda *a: calls.append("product") or product(*a))
     monkeypatch.setattr(
         file, "_product_and_add", lambda *a: calls.append("and add") or product_and_add(*a)
     )
+    monkeypatch.setattr(launch, "AVX512", True)
+    monkeypatch.setattr(launch, "INTEL", False)
+    return calls
+
+
+@pytest.mark.skipif(KERNELS, reason="oneDNN is for the CPU's own implementation")
+@torch.no_grad()
+def test_onednn_is_taken_and_may_be_switched_off(onednn, monkeypatch):
+    args = operands(5, 128, 128, torch.float32)
+    residual = torch.randn(5, 128)
     linear(*args)
     linear(*args, "gelu")
     linear(*args, residual=residual)
     linear(*args, "gelu", residual)
-    assert calls == ["product", "product", "and add", "product"]
+    assert onednn == ["product", "product", "and add", "product"]
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(linear(*args), F.linear(*args))
     linear(args[0], args[1].mT.contiguous().mT, args[2])  # slow there, as is the next
     linear(*args, residual=residual.mT.contiguous().mT)
     linear(*operands(5, 8, 8, torch.float32))  # not worth it
-    assert len(calls) == 4
-    monkeypatch.setattr(file, "AVX512", False)  # nor there
+    assert len(onednn) == 4
+    monkeypatch.setattr(launch, "AVX512", False)  # nor there
     linear(*args)
-    assert len(calls) == 4
+    assert len(onednn) == 4
+
+
+@pytest.mark.skipif(KERNELS, reason="oneDNN is for the CPU's own implementation")
+@torch.no_grad()
+def test_on_intels_avx512_long_products_that_nothing_follows_are_mkls(onednn, monkeypatch):
+    monkeypatch.setattr(launch, "INTEL", True)
+    few, many = (operands(T, 128, 128, torch.float32) for T in (file.SHORT, file.SHORT + 1))
+    assert torch.equal(linear(*many), F.linear(*many))
+    assert not onednn
+    linear(*few)
+    linear(*many, "gelu")
+    linear(*many, residual=torch.randn(file.SHORT + 1, 128))
+    assert onednn == ["product", "product", "and add"]
 
 
 @pytest.mark.skipif(KERNELS, reason="of the CPU's own implementation")
