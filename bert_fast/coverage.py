@@ -270,6 +270,8 @@ def _reason_of_layer(architecture, layer, heads, is_decoder):
         if getattr(at(layer, paths.core), "is_causal", causal) != causal:
             return f"{paths.core}.is_causal is {not causal}"
         D = at(layer, paths.core).attention_head_size
+        if at(layer, paths.query).weight.ndim != 2:
+            return "flat weights, as FullyShardedDataParallel keeps them between calls"
         if at(layer, paths.query).weight.shape[0] != heads * D:
             return f"pruned heads: not {heads} (config.num_attention_heads)"
         if D > MAX_D:

@@ -99,11 +99,19 @@ def restore(model):
     """Make every bert_fast class inside `model` the transformers class it stands for, in place.
 
     Returns model, whose weights have the bits they had. A model without any is left as it is, and
-    a log line says so. Raises ValueError where code that replaced the forward of an encoder would
-    go on calling that of bert_fast, and TypeError for what is no module.
+    a log line says so. Raises ValueError where a class has been made of one of bert_fast's, or code
+    that replaced the forward of an encoder would go on calling that of bert_fast; TypeError for
+    what is no module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        if type(module) not in STOCK and (base := _base_of(module)):
+            raise ValueError(
+                f"restore: {path or 'the model'} is a {type(module).__name__}, made of bert_fast's"
+                f" {base.__name__}, and what else that class does is not known here; restore before"
+                " fully_shard, or derive it from transformers' class and accelerate"
+            )
     todo = [m for m in model.modules() if type(m) in STOCK]
     if not todo:
         logger.warning("bert_fast: restore: nothing of bert_fast in it, nothing to do")
@@ -123,6 +131,11 @@ def restore(model):
             frozen_weights.turn(module, False)
         module.__class__ = STOCK[type(module)]
     return model
+
+
+def _base_of(module):
+    """The class of bert_fast that a module's class is or derives from, or None."""
+    return next((cls for cls in type(module).__mro__ if cls in STOCK), None)
 
 
 def _is_telling(module):
