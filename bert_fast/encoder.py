@@ -247,9 +247,7 @@ def _product(linear, x, tokens, activation=None, residual=None):
 
 def _frozen(linears, x, tokens):
     """Frozen weights for a product with x, one below the other; None where there are none."""
-    if _autocast(x) is not None or tokens.num_tokens is not None:
-        return None
-    return prepacked(linears, x)
+    return prepacked(linears, x) if tokens.num_tokens is None else None
 
 
 def _parameter(linear, name):

@@ -57,7 +57,9 @@ def prepacked(linears, x):
     if x.device.type != "cpu" or trains:  # a step may follow
         kept.drop()
         return None
-    if not takes_prepacked(x) or any(w.is_inference() for w in weights):  # these count no writes
+    if torch.is_autocast_enabled("cpu") or not takes_prepacked(x):
+        return None
+    if any(w.is_inference() for w in weights):  # these count no writes
         return None
     return kept.of(weights)
 

@@ -25,6 +25,7 @@ from .frozen import drop_copies
 from .graphs import bucket_of, graphs_of
 from .inputs import Inputs, check
 from .kernels.dropout import new_seeds
+from .kernels.launch import directly
 
 __all__ = [
     "BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction",
@@ -124,8 +125,17 @@ class _Encoder:
 
     def _run_on_kernels(self, inputs, kwargs):
         wanted = asked(self, kwargs, "output_hidden_states")
-        last, states, cache = self._encode(inputs, wanted)
+        last, states, cache = self._encode_directly(inputs, wanted)
         return self._output(last, kwargs, cache, (*states, last) if wanted else None)
+
+    def _encode_directly(self, inputs, wanted):
+        """As _encode, past torch's dispatcher where it is not needed."""
+        layers = self.architecture.layers(self)
+        if torch.compiler.is_compiling() or any(map(checkpoints, layers)):
+            return self._encode(inputs, wanted)  # checkpointing may listen, by a mode of its own
+        weight = at(self, self.architecture.embeddings.word).weight
+        with directly(weight.device, [t for t in inputs if isinstance(t, torch.Tensor)]):
+            return self._encode(inputs, wanted)
 
     def _encode(self, inputs, wanted=False):
         """(last_hidden_state, those before it if wanted, the cache) of a call that is covered."""

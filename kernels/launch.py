@@ -3,13 +3,16 @@
 This is the one module that knows whether Triton is there.
 """
 
+import contextlib
 import functools
 import json
 import math
+import threading
 import warnings
 from pathlib import Path
 
 import torch
+from torch._C import _len_torch_dispatch_stack
 
 
 class _Absent:
@@ -136,15 +139,52 @@ def define(schema, outputs, launch, plain):
         one_device(op, args)
         return outputs(*args)
 
+    def call(*args):
+        if torch.compiler.is_compiling() or _thread.direct is None:
+            return op(*args)
+        return implementations[_thread.direct](*args)
+
     name = schema.partition("(")[0]
     KERNELS[name] = kernel
+    on_cpu = kernel if INTERPRET else plain
+    implementations = {"cuda": kernel, "cpu": on_cpu}
     LIB.define(schema)
     LIB.impl(name, kernel_on_its_device, "CUDA")
-    LIB.impl(name, kernel if INTERPRET else plain, "CPU")
+    LIB.impl(name, on_cpu, "CPU")
     _without_autocast(name, "cpu")
     torch.library.register_fake(f"bert_fast::{name}", fake, lib=LIB)
     op = getattr(torch.ops.bert_fast, name).default  # the functions above name its arguments
-    return op
+    return call
+
+
+class _Thread(threading.local):
+    direct = None  # the type of the device on which its ops are called past the dispatcher
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def directly(device, tensors):
+    """Ops called in here go past torch's dispatcher, which takes 10 us of a call, unless somebody
+    listens there: a mode, the profiler, autocast, a compiler, or one of tensors that has a class of
+    its own. The caller says that all are on device, which has kernels."""
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or torch.is_autocast_enabled(device.type)
+        or not all(type(t) is torch.Tensor for t in tensors)
+    ):
+        yield
+        return
+    before = _thread.direct
+    _thread.direct = device.type
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            yield
+    finally:
+        _thread.direct = before
 
 
 def one_device(op, args):
@@ -268,9 +308,8 @@ def start(kernel, programs, *args, **options):
         else:
             key.append(a.dtype)
             key.append(a.data_ptr() % 16)
-    for name, value in options.items():
-        key.append(name)
-        key.append(id(value) if isinstance(value, triton.JITFunction) else value)
+    key += options
+    key += options.values()  # of them a function, too, is hashed by its source
     found = _compiled.get(key := tuple(key))
     if found is None:
         if len(_compiled) >= 10000:  # strides without end
