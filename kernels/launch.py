@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch._C import _len_torch_dispatch_stack
 
 
 class _Absent:
@@ -157,6 +156,11 @@ def define(schema, outputs, launch, plain):
     return call
 
 
+# Private to torch; in one without them all ops are dispatched.
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_is_profiled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+
+
 class _Thread(threading.local):
     direct = None  # the type of the device on which its ops are called past the dispatcher
 
@@ -171,8 +175,8 @@ def directly(device, tensors):
     its own. The caller says that all are on device, which has kernels."""
     if (
         torch.compiler.is_compiling()
-        or _len_torch_dispatch_stack() > 0
-        or torch.autograd._profiler_enabled()
+        or _modes()
+        or _is_profiled()
         or torch.is_autocast_enabled(device.type)
         or not all(type(t) is torch.Tensor for t in tensors)
     ):
