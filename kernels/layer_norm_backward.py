@@ -168,17 +168,21 @@ def _backward(out, dy, x, weight, residual, eps, num_tokens):
 
 
 def _plain(dy, x, weight, residual, eps, num_tokens):
-    M, N = x.shape[0], x.shape[-1]
+    """torch's own, but for what it leaves to rounding: h is centred first, and a row of dx, whose
+    sum is zero, once more."""
+    M, shape = x.shape[0], weight.shape
     dy, x, residual = launch.head(num_tokens, dy, x, residual)
     h = sum_of(x, residual)
-    dy = dy.to(h.dtype)
-    centred = h - h.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    x_hat = centred * rstd
-    g = dy * weight
-    dx = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
-    dweight, dbias = (t.reshape(-1, N).sum(0).to(weight.dtype) for t in (dy * x_hat, dy))
-    return launch.pad_rows(dx.to(x.dtype), M), dweight, dbias
+    h = h - h.mean(-1, keepdim=True)
+    wide = weight.to(h.dtype)
+    _, mean, rstd = torch.native_layer_norm(h, shape, None, None, eps)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy.to(h.dtype), h, shape, mean, rstd, wide, wide, [True, True, True]
+    )
+    dx -= dx.mean(-1, keepdim=True)
+    return (
+        launch.pad_rows(dx.to(x.dtype), M), dweight.to(weight.dtype), dbias.to(weight.dtype)
+    )  # fmt: skip
 
 
 # -- registration ---------------------------------------------------------------------------
