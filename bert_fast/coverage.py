@@ -17,6 +17,7 @@ from .encoder import asks_for_gradients, checkpoints
 from .kernels import missing
 from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
+from .seen import HOOKS, forget, see, seen
 
 try:  # in later transformers 5; before, recording replaces `forward` on the modules meanwhile
     from transformers.utils import output_capturing
@@ -31,7 +32,6 @@ MODULES = {  # what an encoder may be made of: exactly these, no subclass, and t
     }.union(*(architecture.classes() for architecture in ARCHITECTURES))
 }  # fmt: skip
 CHUNKS = {kind: vars(kind).get("feed_forward_chunk") for kind in MODULES}
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
 }  # fmt: skip
@@ -234,6 +234,23 @@ def asked(model, kwargs, name):
 
 
 def _first_reason(model, dtype, device):
+    """As reason_of_model, of the modules, which are looked at one by one if any has changed."""
+    if torch.compiler.is_compiling():
+        return _reason_of_modules(model, dtype, device)[0]
+    beside = dtype, device, model.config.num_attention_heads, decodes(model)
+    known = seen(model)
+    if known is not None:
+        if known.holds(beside):
+            return None
+        forget(model)  # it keeps what was there
+    reason, modules = _reason_of_modules(model, dtype, device)
+    if reason is None:
+        see(model, modules, beside)
+    return reason
+
+
+def _reason_of_modules(model, dtype, device):
+    """(the reason or None, the modules)"""
     architecture = model.architecture
     index = device.index if device.type == "cuda" else -1  # as Tensor.get_device has it
     place = index, at(model, architecture.embeddings.word).weight.is_meta
@@ -241,13 +258,13 @@ def _first_reason(model, dtype, device):
     todo = [model._modules[name] for name in names if name in model._modules]
     for module in todo:
         if reason := _reason_of_module(module, dtype, place):
-            return f"{_path(model, module)}: {reason}"
+            return f"{_path(model, module)}: {reason}", todo
         todo += module._modules.values()
     heads, is_decoder = model.config.num_attention_heads, decodes(model)
     for layer in architecture.layers(model):
         if reason := _reason_of_layer(architecture, layer, heads, is_decoder):
-            return f"{_path(model, layer)}: {reason}"
-    return None
+            return f"{_path(model, layer)}: {reason}", todo
+    return None, todo
 
 
 def _path(model, module):

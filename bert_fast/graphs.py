@@ -34,6 +34,7 @@ from .architectures import find
 from .coverage import asked, decodes, is_transformed, reason_of_parts
 from .inputs import Inputs, room
 from .kernels.launch import allows_tf32
+from .seen import seen
 
 MAX_TOKENS = 2**15  # positions; with more, the GPU works longer than the CPU launches
 LIMIT = 64  # graphs of a model
@@ -220,6 +221,7 @@ class Graphs:
         self._graphs = collections.OrderedDict()  # Bucket -> _Graph, in the order of use
         self._seen = set()  # buckets that have run without a graph
         self._recorded = None  # what is the same in all graphs, as _burnt_in has it
+        self._of_seen = None  # the Seen of the model when that was compared
         self._weights = ()  # keeps the memory that they read
         self._pool = None
 
@@ -259,9 +261,14 @@ class Graphs:
             return graph.run(inputs)
 
     def check(self, model):
-        """Drop graphs that are not of model as it is."""
+        """Drop graphs that are not of model as it is, which has been looked at in this call."""
         with self._lock:
-            if self._recorded is not None and self._recorded != _burnt_in(model):
+            now = seen(model)
+            if self._recorded is None or (now is not None and now is self._of_seen):
+                return
+            if self._recorded == _burnt_in(model):
+                self._of_seen = now
+            else:
                 self.drop()
 
     def result(self, model, bucket, inputs, played):
@@ -298,6 +305,7 @@ class Graphs:
                 graph = _Graph(model, bucket, inputs, self._pool)
             if self._recorded is None:
                 self._recorded = _burnt_in(model)
+                self._of_seen = seen(model)
                 self._weights = [p.detach() for p in model.parameters()]
             last = self._run(bucket, graph, inputs)
             self._failures = 0

@@ -26,6 +26,7 @@ from .graphs import bucket_of, graphs_of
 from .inputs import Inputs, check
 from .kernels.dropout import new_seeds
 from .kernels.launch import directly
+from .seen import forget
 
 __all__ = [
     "BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction",
@@ -176,6 +177,7 @@ class _Encoder:
 
     def _apply(self, fn, recurse=True):  # of .to() and the like, where weights may move
         super()._apply(fn, recurse)
+        forget(self)
         if graphs := graphs_of(self):
             graphs.check(self)
         return self

@@ -15,6 +15,7 @@ from . import kernels as ops
 from .coverage import crosses, decodes, layers_of, reason_of_call, reason_of_model
 from .inputs import Inputs
 from .modeling import STOCK, calls_of, logger, put_on
+from .seen import forget
 
 ENCODERS = {fast: stock for fast, stock in STOCK.items() if hasattr(fast, "architecture")}
 REPLACED = "forward was replaced on the module, by torch.compile, Accelerate's hooks or other code"
@@ -129,6 +130,7 @@ def restore(model):
             module.__dict__.pop("_bert_fast_calls", None)
             graphs.forget(module)
             frozen_weights.turn(module, False)
+            forget(module)
         module.__class__ = STOCK[type(module)]
     return model
 

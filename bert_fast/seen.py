@@ -1,0 +1,75 @@
+"""An encoder's modules as they were when they were looked at, and whether they still are.
+
+To look at the two hundred modules of a base model takes longer than a GPU takes for one sentence.
+To compare what they hold with copies of it takes a quarter of that: Python compares dicts by the
+identity of what is in them. Whatever is put on a module, in place of a child or a weight, or among
+its hooks, is then seen as before, and so is a weight that moves under its name.
+"""
+
+import operator
+import weakref
+
+import torch
+
+_kind_of = operator.attrgetter("dtype", "shape")
+CONTENTS = "_modules", "_parameters", "_buffers"
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+class Seen:
+    """Some modules, `beside` what else matters: anything that compares."""
+
+    def __init__(self, model, modules, beside):
+        states = [m.__dict__ for m in modules]
+        of_modules = (s[name] for s in states for name in CONTENTS)
+        self._modules, self._beside = modules, beside
+        self._live = [model.__dict__["_modules"], *states, *of_modules]
+        self._copies = list(map(dict, self._live))
+        self._kinds = list(map(type, modules))
+        self._methods = _methods_of(set(self._kinds))
+        self._hooks = [s[name] for s in states for name in HOOKS]
+        self._hooked = self._hooks_now()
+        self._weights = [p for s in states for p in s["_parameters"].values()]
+        self._places = self._places_now()
+
+    def _hooks_now(self):
+        return [tuple(hooks.values()) for hooks in filter(None, self._hooks)]
+
+    def _places_now(self):
+        return [*map(torch.Tensor.data_ptr, self._weights), *map(_kind_of, self._weights)]
+
+    def holds(self, beside):
+        try:
+            return (
+                beside == self._beside
+                and all(map(operator.eq, self._live, self._copies))
+                and list(map(type, self._modules)) == self._kinds
+                and _methods_of(self._methods) == self._methods
+                and self._hooks_now() == self._hooked
+                and self._places_now() == self._places
+            )
+        except (RuntimeError, ValueError):  # a tensor in another's place says so of ==
+            return False
+
+
+def _methods_of(kinds):
+    """What a class has that somebody may have replaced there."""
+    return {kind: (kind.forward, kind.__dict__.get("feed_forward_chunk")) for kind in kinds}
+
+
+_of_models = weakref.WeakKeyDictionary()
+
+
+def seen(model):
+    """The Seen of a model, or None."""
+    return _of_models.get(model)
+
+
+def see(model, modules, beside):
+    """Keep the modules of a model as they are."""
+    if not any(p.is_meta for m in modules for p in m.parameters(recurse=False)):
+        _of_models[model] = Seen(model, modules, beside)
+
+
+def forget(model):
+    _of_models.pop(model, None)
