@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import assert_ran_stock, ids_of, masks, stock_model
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,9 +56,10 @@ def flat_weights_are_whole_in_calls(rank):
 def layers_of_fully_shard_run_stock_and_are_named(rank):
     stock = stock_model()
     fast = bert_fast.accelerate(copy.deepcopy(stock))
+    mesh = init_device_mesh("cpu", (PROCESSES,))  # a GPU, if there is one, has no part in it
     for layer in fast.encoder.layer:
-        fully_shard(layer)
-    fully_shard(fast)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(fast, mesh=mesh)
     ours = fast(ids_of(), masks()["right"])[0]
     assert_ran_stock(fast, "FSDPBertLayer")
     assert torch.equal(ours, stock(ids_of(), masks()["right"])[0])
