@@ -1,9 +1,10 @@
 """An encoder's modules as they were when they were looked at, and whether they still are.
 
-To look at the two hundred modules of a base model takes longer than a GPU takes for one sentence.
-To compare what they hold with copies of it takes a quarter of that: Python compares dicts by the
-identity of what is in them. Whatever is put on a module, in place of a child or a weight, or among
-its hooks, is then seen as before, and so is a weight that moves under its name.
+To look at the two hundred modules of a base model takes as long as a GPU takes for one sentence,
+and who has recorded a graph of them looks again, whether it is of the same numbers and weights. To
+compare what they hold with copies of it answers both, as Python compares dicts by the identity of
+what is in them. Whatever is put on a module, in place of a child or a weight, or among its hooks,
+is still seen, and so is a weight that moves under its name.
 """
 
 import operator
