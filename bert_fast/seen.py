@@ -22,9 +22,10 @@ class Seen:
 
     def __init__(self, model, modules, beside):
         states = [m.__dict__ for m in modules]
-        of_modules = (s[name] for s in states for name in CONTENTS)
+        contents = [s[name] for s in states for name in CONTENTS]
         self._modules, self._beside = modules, beside
-        self._live = [model.__dict__["_modules"], *states, *of_modules]
+        self._empty = [c for c in contents if not c]  # most are
+        self._live = [model.__dict__["_modules"], *states, *filter(None, contents)]
         self._copies = list(map(dict, self._live))
         self._kinds = list(map(type, modules))
         self._methods = _methods_of(set(self._kinds))
@@ -43,6 +44,7 @@ class Seen:
         try:
             return (
                 beside == self._beside
+                and not any(self._empty)
                 and all(map(operator.eq, self._live, self._copies))
                 and list(map(type, self._modules)) == self._kinds
                 and _methods_of(self._methods) == self._methods

@@ -48,6 +48,10 @@ def another_child(layer, monkeypatch):
     layer.output.dense = Own(64, 64)
 
 
+def a_child_more(layer, monkeypatch):
+    layer.output.dense.inner = Own(64, 64)
+
+
 def another_class(layer, monkeypatch):
     layer.output.dense.__class__ = Own
 
@@ -95,6 +99,7 @@ REASONS = {
     covered_chunk_of_class: "feed_forward_chunk replaced",
     covered_chunk: "encoder.layer.1: feed_forward_chunk replaced",
     another_child: "encoder.layer.1.output.dense: test_seen.Own",
+    a_child_more: "encoder.layer.1.output.dense.inner: test_seen.Own",
     another_class: "encoder.layer.1.output.dense: test_seen.Own",
     another_weight: "encoder.layer.1.output.dense: weights of type OwnParameter",
     another_dtype: "encoder.layer.1.output.dense: torch.float64",
