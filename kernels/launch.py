@@ -67,7 +67,9 @@ def missing(device):
 _capability = functools.cache(torch.cuda.get_device_capability)
 
 
-CPU = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch tells none
+CPU = {}
+with contextlib.suppress(AttributeError, RuntimeError):  # an older torch tells nothing of it
+    CPU = torch.cpu.get_capabilities()
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 INTEL = CPU.get("cpu_name", "").startswith("Intel")  # on which alone MKL uses AVX-512
 

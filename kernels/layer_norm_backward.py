@@ -180,9 +180,7 @@ def _plain(dy, x, weight, residual, eps, num_tokens):
         dy.to(h.dtype), h, shape, mean, rstd, wide, wide, [True, True, True]
     )
     dx -= dx.mean(-1, keepdim=True)
-    return (
-        launch.pad_rows(dx.to(x.dtype), M), dweight.to(weight.dtype), dbias.to(weight.dtype)
-    )  # fmt: skip
+    return launch.pad_rows(dx.to(x.dtype), M), *(d.to(weight.dtype) for d in (dweight, dbias))
 
 
 # -- registration ---------------------------------------------------------------------------
