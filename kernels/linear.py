@@ -194,7 +194,7 @@ def _persistent_kernel(
     blocks_n = tl.cdiv(N, BLOCK_N)
     rows = T
     if num_tokens_ptr is not None:
-        rows = tl.minimum(tl.load(num_tokens_ptr), T)
+        rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # descriptors take no other
     tiles = tl.cdiv(rows, BLOCK_M) * blocks_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         start_m = tile // blocks_n * BLOCK_M
