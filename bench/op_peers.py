@@ -172,10 +172,11 @@ def _taken(y, row_index, **_):
 
 def _nonzero(attention_mask):
     def run():
-        row_index = attention_mask.flatten().nonzero().flatten()
-        packed_row = torch.full_like(attention_mask, -1)
+        tokens = attention_mask != 0
+        row_index = tokens.flatten().nonzero().flatten()
+        packed_row = torch.full_like(tokens, -1, dtype=torch.int64)
         packed_row.view(-1)[row_index] = torch.arange(len(row_index), device=row_index.device)
-        cu_seqlens = F.pad(attention_mask.sum(1).cumsum(0), (1, 0))
+        cu_seqlens = F.pad(tokens.sum(1).cumsum(0), (1, 0))
         return row_index, packed_row, cu_seqlens
 
     return run

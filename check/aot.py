@@ -18,8 +18,9 @@ accesses    of the bytes that a launch's global accesses move, 90 % go 128 bits 
             backend prefers such stores to a trip through shared memory. A launch that moves less
             than BULK is free: there the width saves less time than it takes to start a kernel.
 
-Of variants of a configuration (Spec.variants) the first three are checked and nothing is predicted:
-roofline.py knows no loop that holds another one's beginning and end.
+Of variants of a configuration (Spec.variants) the first three are checked and nothing is predicted,
+though they may be what is launched: roofline.py knows no loop that holds another one's beginning
+and end. What is predicted is the form without.
 """
 
 import importlib
@@ -149,7 +150,7 @@ def rows(spec, archs, dtypes):
         dtype = DTYPES[name]
         flops, moved = spec.cost(dtype.itemsize, **case)
         label = " ".join([spec.label(case), *(f"{k}={v}" for k, v in variant.items())])
-        with varied(variant):
+        with varied(variant or {name: 0 for v in spec.variants for name in v}):
             compiled = compile_all(spec, case, dtype, archs)
         for arch, launches in compiled.items():
             hashes = {launch.kernel.hash for launch in launches}

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from . import launch
 from .dropout import check_dropout, draw, factor, hash_rows, most, new_seeds, scales_at
 from .launch import DTYPES, ceil_div, next_power_of_2, once_differentiable, show, tl, triton
+from .pointwise import factor_of
 from .spec import Spec
 
 MAX_D = 256
@@ -104,8 +105,10 @@ def _attend(
     k = tl.load(k_ptr + rows_n * stride_kt + offs_d[None, :], mask=mask, other=0.0)
     v = tl.load(v_ptr + rows_n * stride_vt + offs_d[None, :], mask=mask, other=0.0)
 
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
-    if MASKED:
+    s = tl.dot(q, tl.trans(factor_of(k, PRECISION)), input_precision=PRECISION) * qk_scale
+    if MASKED or v.dtype == tl.float32:
+        # Of fp32 always: between them a choice keeps the product with qk_scale and what is taken
+        # off below from being one fma, which would not round s as it was rounded for the maximum.
         s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
@@ -118,6 +121,7 @@ def _attend(
     if v.dtype == tl.float32:
         # One chain over all keys would err several times as far as a sum of sums. fma, as Triton
         # makes one chain of a dot and an addition.
+        p, v = factor_of(p, PRECISION), factor_of(v, PRECISION)
         acc = tl.fma(acc, rescale[:, None], tl.dot(p, v, input_precision=PRECISION))
     else:
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None])
@@ -164,6 +168,7 @@ def _forward_kernel(
     rows_m = (start_q + offs_m)[:, None]
     q_ptr += h.to(tl.int64) * stride_qh
     q = tl.load(q_ptr + rows_m * stride_qt + offs_d[None, :], mask=mask_md, other=0.0)
+    q = factor_of(q, PRECISION)
 
     hashes = None
     if seed_ptr is not None:
@@ -210,9 +215,7 @@ def _config(D, itemsize, arch):
     """
     BLOCK_D = max(next_power_of_2(D), 16)
     if itemsize == 4:  # exact fp32 products run on no tensor core: each thread holds its operands
-        M, N, warps, stages = {128: (32, 16, 4, 2), 256: (32, 16, 8, 2)}.get(
-            BLOCK_D, (64, 32, 8, 2)
-        )
+        M, N, warps, stages = (32, 16, 8, 2) if BLOCK_D >= 128 else (64, 32, 8, 2)
     else:
         # Operands that sm_90 and sm_100 read from shared memory take registers elsewhere.
         lean = isinstance(arch, int) and not launch.multiplies_from_shared_memory(arch)

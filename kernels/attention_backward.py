@@ -35,6 +35,7 @@ from .attention import (
 from .attention import SPEC as ATTENTION
 from .dropout import check_dropout, draw, factor, most
 from .launch import ceil_div, next_power_of_2, show, tl, triton
+from .pointwise import factor_of
 from .spec import Spec
 
 
@@ -68,6 +69,7 @@ def _add_product(acc, a, b, PRECISION: tl.constexpr):
     """acc + a b. In fp32 a sum of sums, as one chain over all rows would err several times as far:
     fma, as Triton makes one chain of a dot and an addition."""
     if a.dtype == tl.float32:
+        a = factor_of(a, PRECISION)
         return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
     return tl.dot(a, b, acc)
 
@@ -79,15 +81,17 @@ def _load_rows(
     start,
     length,
     D,
+    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """[BLOCK, BLOCK_D]: rows start and on; zeros from length on, and past D."""
+    """[BLOCK, BLOCK_D], to be multiplied: rows start and on; zeros from length on, and past D."""
     offs = start + tl.arange(0, BLOCK)
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs < length)[:, None] & (offs_d < D)[None, :]
     rows = offs.to(tl.int64)[:, None]
-    return tl.load(ptr + rows * stride + offs_d[None, :], mask=mask, other=0.0)
+    loaded = tl.load(ptr + rows * stride + offs_d[None, :], mask=mask, other=0.0)
+    return factor_of(loaded, PRECISION)
 
 
 @triton.jit
@@ -177,8 +181,8 @@ def _dq_kernel(
     k_ptr += start_k * stride_kt + h * stride_kh
     v_ptr += start_k * stride_vt + h * stride_vh
 
-    do = _load_rows(do_ptr, stride_dot, start_m, length_q, D, BLOCK_M, BLOCK_D)
-    q = _load_rows(q_ptr, stride_qt, start_m, length_q, D, BLOCK_M, BLOCK_D)
+    do = _load_rows(do_ptr, stride_dot, start_m, length_q, D, PRECISION, BLOCK_M, BLOCK_D)
+    q = _load_rows(q_ptr, stride_qt, start_m, length_q, D, PRECISION, BLOCK_M, BLOCK_D)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     end = length_k
@@ -196,8 +200,8 @@ def _dq_kernel(
     l = tl.zeros([BLOCK_M], tl.float32)  # sum of exp2(score - m)
     delta = tl.zeros([BLOCK_M], tl.float32)  # the same, each times dp
     for start_n in range(0, end, BLOCK_N):
-        k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, BLOCK_N, BLOCK_D)
-        v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, BLOCK_N, BLOCK_D)
+        k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
+        v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -213,8 +217,8 @@ def _dq_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(0, end, BLOCK_N):
-        k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, BLOCK_N, BLOCK_D)
-        v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, BLOCK_N, BLOCK_D)
+        k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
+        v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
         p = tl.exp2(s - lse[:, None])
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
@@ -275,8 +279,8 @@ def _dkdv_kernel(
     lse_ptr += h * rows + _first_row(b, start_q)
     delta_ptr += h * rows + _first_row(b, start_q)
 
-    k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, BLOCK_N, BLOCK_D)
-    v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, BLOCK_N, BLOCK_D)
+    k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
+    v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     shift = length_k - length_q
     # Earlier queries see none of these keys.
@@ -284,8 +288,8 @@ def _dkdv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start_m in range(start, length_q, BLOCK_M):
-        q = _load_rows(q_ptr, stride_qt, start_m, length_q, D, BLOCK_M, BLOCK_D)
-        do = _load_rows(do_ptr, stride_dot, start_m, length_q, D, BLOCK_M, BLOCK_D)
+        q = _load_rows(q_ptr, stride_qt, start_m, length_q, D, PRECISION, BLOCK_M, BLOCK_D)
+        do = _load_rows(do_ptr, stride_dot, start_m, length_q, D, PRECISION, BLOCK_M, BLOCK_D)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         # Past the end they are those of queries of zeros, which q and do are there.
         lse = tl.load(lse_ptr + offs_m)
@@ -293,6 +297,9 @@ def _dkdv_kernel(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
         if CAUSAL:
             s = tl.where(offs_n[:, None] <= (offs_m + shift)[None, :], s, float("-inf"))
+        elif v.dtype == tl.float32:
+            # As in attention: s is rounded, as it was for lse, before lse is taken off.
+            s = tl.where((offs_n < length_k)[:, None], s, float("-inf"))
         p = tl.exp2(s - lse[None, :])
         dropped = p
         if seed_ptr is not None:

@@ -238,17 +238,30 @@ def tf32(x):
 
 
 def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """Exact products of the operands as the tensor core reads them, summed in fp64 and rounded to
-    the dtype of d: BLAS in that dtype would add up in an order that depends on the tile and on
-    where in it a number lies, and a b would not be (b^T a^T)^T. On no GPU is that so.
+    """d + a b. In exact fp32 one chain of sums from d on, as where it runs on no tensor core. Else
+    exact products of the operands as the tensor core reads them, summed in fp64 and rounded to the
+    dtype of d. BLAS would add up in an order that depends on the tile and on where in it a number
+    lies, and a b would not be (b^T a^T)^T: on no GPU is that so.
 
     tf32x3 and the like differ from fp32 by less than the order of a sum does: exact here.
     """
     factors = [decode(t.data, t.dtype.scalar) for t in (a, b)]
-    if input_precision == ir.INPUT_PRECISION.TF32 and a.dtype.scalar == tl.float32:
+    dtype = a.dtype.scalar
+    if dtype == tl.float32 and input_precision == ir.INPUT_PRECISION.IEEE:
+        return TensorHandle(_chain(*factors, d.data), tl.float32)
+    if dtype == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
         factors = [tf32(np.ascontiguousarray(t)) for t in factors]
     product = np.matmul(*factors, dtype=np.float64).astype(d.data.dtype)
     return TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _chain(a, b, d):
+    """Each product is rounded, as fma would not do: numpy has none."""
+    terms = np.empty((a.shape[-1] + 1, *d.shape), np.float32)
+    terms[0] = d
+    a, b = np.moveaxis(a, -1, 0)[..., None], np.moveaxis(b, -2, 0)[..., None, :]
+    np.multiply(a, b, out=terms[1:])
+    return np.add.reduce(terms, 0)  # over another dimension than the last one after the other
 
 
 def _mend_dot():

@@ -5,12 +5,13 @@
 
 Shapes     x [T, K], weight [N, K], bias [N]; residual, y [T, N].
 Precision  Sums in fp32, GELU and residual too; y is rounded once, to the dtype of x. fp32 products
-           are exact fp32 ("ieee") unless torch.backends.cuda.matmul.fp32_precision allows TF32.
-           GELU of 16 bits is a polynomial within half an ulp, see pointwise.py; with a residual it
-           is erf.
+           are exact fp32 ("ieee"), summed in steps of K whose sums are added, unless
+           torch.backends.cuda.matmul.fp32_precision allows TF32. GELU of 16 bits is a polynomial
+           within half an ulp, see pointwise.py; with a residual it is erf.
 Batches    The kernel gives a row of y the same bits whatever the other rows, and however many. Each
-           number is one chain of sums over K; the number of rows chooses the tile, and so how often
-           a program waits for memory, and never the instruction that adds or its order.
+           number is one chain of sums over K, or in exact fp32 of its steps; the number of rows
+           chooses the tile, and so how often a program waits for memory, and never the instruction
+           that adds or its order.
 CPU        With AVX-512, oneDNN on the weight as it lies: torch's own linear gives fp32 to MKL,
            half as fast on AMD, whose AVX-512 it does not use, and about as fast on Intel. oneDNN
            adds up K in one chain, MKL in shorter ones: in fp32 a layer errs 1.4 to 1.7 times as
@@ -21,9 +22,9 @@ Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over r
            Products of torch in the dtype of x, dz rounded to it. Where act is GELU, z is computed
            again instead of kept: one more product, a third of the largest activation less.
 Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The kernel is the plain
-           tiled product: a program for each tile of y, its K loop pipelined by the compiler. Where
-           a table says so, its persistent form: a program for each place on the GPU, which takes
-           tile after tile by way of tensor descriptors.
+           tiled product: a program for each tile of y, its K loop pipelined by the compiler. For
+           many tiles, where there are tensor descriptors, its persistent form: a program for each
+           place on the GPU, which takes tile after tile.
 """
 
 import functools
@@ -35,7 +36,7 @@ from torch.nn import functional as F
 from . import launch
 from .gelu import act_of, gelu_ref
 from .launch import DTYPES, TensorDescriptor, ceil_div, once_differentiable, show, tl, triton
-from .pointwise import gelu_erf
+from .pointwise import factor_of, gelu_erf
 from .spec import Spec
 
 
@@ -52,45 +53,66 @@ def _accumulate(
     acc,  # [BLOCK_M, BLOCK_N]
     x_ptrs,  # [BLOCK_M, 1]: first element of each row
     weight_ptrs,  # [1, BLOCK_N]: the same, of the rows of weight
+    stride_wk,
     start_k,
     K,
     MASKED: tl.constexpr,  # the step goes past K
+    BY_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc and the products of the step of BLOCK_K that starts at start_k."""
     offs_k = start_k + tl.arange(0, BLOCK_K)
+    x_ptrs += offs_k[None, :]
+    if BY_COLUMNS:
+        weight_ptrs += offs_k.to(tl.int64)[:, None] * stride_wk
+    else:
+        weight_ptrs += offs_k[:, None]
     if MASKED:
         mask_k = offs_k < K
-        x = tl.load(x_ptrs + offs_k[None, :], mask=mask_k[None, :], other=0.0)
-        weight = tl.load(weight_ptrs + offs_k[:, None], mask=mask_k[:, None], other=0.0)
+        x = tl.load(x_ptrs, mask=mask_k[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=mask_k[:, None], other=0.0)
     else:
-        x = tl.load(x_ptrs + offs_k[None, :])
-        weight = tl.load(weight_ptrs + offs_k[:, None])
+        x = tl.load(x_ptrs)
+        weight = tl.load(weight_ptrs)
+    if x.dtype == tl.float32 and PRECISION == "ieee":
+        # One chain over all of K would err several times as far as a sum of sums. fma, as Triton
+        # makes one chain of a dot and an addition.
+        return tl.fma(tl.dot(x, weight, input_precision=PRECISION), 1.0, acc)
+    x, weight = factor_of(x, PRECISION), factor_of(weight, PRECISION)
     return tl.dot(x, weight, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def product(
-    x_ptr, weight_ptr, stride_xt, stride_wn,
+    x_ptr, weight_ptr, stride_xt,
+    stride_w,  # between rows of weight, or by columns between those
     start_m, start_n,
     rows, N, K,
     PRECISION: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,  # weight is as `by_columns` lays it out
     REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """The tile of x W^T in fp32 [BLOCK_M, BLOCK_N] that starts at (start_m, start_n)."""
     # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
     rows_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
-    rows_n = tl.minimum(start_n + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
     x_ptrs = x_ptr + rows_m[:, None] * stride_xt
-    weight_ptrs = weight_ptr + rows_n[None, :] * stride_wn
+    rows_n = start_n + tl.arange(0, BLOCK_N)
+    if BY_COLUMNS:
+        weight_ptrs = weight_ptr + rows_n[None, :]
+    else:
+        weight_ptrs = weight_ptr + tl.minimum(rows_n, N - 1).to(tl.int64)[None, :] * stride_w
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     full = K // BLOCK_K * BLOCK_K
     for start_k in range(0, full, BLOCK_K):
-        acc = _accumulate(acc, x_ptrs, weight_ptrs, start_k, K, False, PRECISION, BLOCK_K)
+        acc = _accumulate(
+            acc, x_ptrs, weight_ptrs, stride_w, start_k, K, False, BY_COLUMNS, PRECISION, BLOCK_K
+        )
     if REST:
-        acc = _accumulate(acc, x_ptrs, weight_ptrs, full, K, True, PRECISION, BLOCK_K)
+        acc = _accumulate(
+            acc, x_ptrs, weight_ptrs, stride_w, full, K, True, BY_COLUMNS, PRECISION, BLOCK_K
+        )
     return acc
 
 
@@ -144,15 +166,16 @@ def _finish(
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _forward_kernel(
     x_ptr,  # [T, K]
-    weight_ptr,  # [N, K]
+    weight_ptr,  # [N, K], or by columns
     bias_ptr,  # [N] or None
     residual_ptr,  # [T, N] or None
     num_tokens_ptr,  # [1] or None
     y_ptr,  # [T, N], contiguous
-    stride_xt, stride_wn, stride_rt,
+    stride_xt, stride_w, stride_rt,
     T, N, K,
     ACT: tl.constexpr,  # a function of z, or None
     PRECISION: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
     REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -168,8 +191,8 @@ def _forward_kernel(
         if start_m >= rows:
             return
     acc = product(
-        x_ptr, weight_ptr, stride_xt, stride_wn,
-        start_m, start_n, rows, N, K, PRECISION, REST, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, weight_ptr, stride_xt, stride_w,
+        start_m, start_n, rows, N, K, PRECISION, BY_COLUMNS, REST, BLOCK_M, BLOCK_N, BLOCK_K,
     )
     _finish(
         acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
@@ -201,7 +224,8 @@ def _persistent_kernel(
         start_n = tile % blocks_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start_k in range(0, K, BLOCK_K):
-            of_x, of_weight = x.load([start_m, start_k]), weight.load([start_n, start_k])
+            of_x = factor_of(x.load([start_m, start_k]), PRECISION)
+            of_weight = factor_of(weight.load([start_n, start_k]), PRECISION)
             acc = tl.dot(of_x, of_weight.T, acc, input_precision=PRECISION)
         _finish(
             acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
@@ -210,25 +234,30 @@ def _persistent_kernel(
 
 
 # -- launchers ------------------------------------------------------------------------------
-def _forms(arch, itemsize, precision):
+def _forms(arch, itemsize, precision, persistent=True):
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), small tiles first. None spills on sm_80, sm_90 or
     gfx942.
 
-    The last is for large batches. On sm_90 smaller tiles load more from L2 than it gives; sm_80 has
-    fewer products to feed, and three such programs on a multiprocessor hide each other's ends.
-    Small tiles wait for each step over K, and take longer ones.
+    The last is for large batches. That of 256 columns is for persistent programs, where it is ahead
+    on an H200; of programs for one tile that of 128 is, as two of them hide each other's ends.
+    sm_80 has fewer products to feed. Small tiles wait for each step over K, and take longer ones.
 
     64 rows at least: fewer take another instruction on sm_90, whose sums may round otherwise. For
     the same reason 32 columns on AMD, and one BLOCK_K. TF32 has the tiles of 16 bits, of half as
     many columns.
     """
     if is_exact(itemsize, precision):  # on no tensor core of NVIDIA's: each thread holds operands
-        return ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
+        small = ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
+        if isinstance(arch, str):
+            return small
+        return (*small, (64, 128, 32, 4, 3 if launch.multiplies_from_shared_memory(arch) else 2))
     small = ((64, 16, 128, 4, 4), (64, 32, 128, 4, 4), (64, 64, 128, 4, 3))
     if isinstance(arch, str):
         forms = ((64, 64, 64, 4, 2), (128, 128, 64, 8, 2))
     elif launch.multiplies_from_shared_memory(arch):
-        forms = (*small, (128, 128, 64, 8, 3), (128, 256, 64, 8, 3))
+        forms = (*small, (128, 128, 64, 8, 3))
+        if persistent and itemsize == 2:
+            forms = (*forms, (128, 256, 64, 8, 3))
     else:
         forms = (*small, (64, 128, 64, 4, 3))
     return tuple((M, N, K * 2 // itemsize, *rest) for M, N, K, *rest in forms)
@@ -246,7 +275,7 @@ SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, "gfx942": 64}
 def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
     """The form that leaves the busiest multiprocessor the least to do; in the interpreter, which
     pays for programs, the largest."""
-    forms = _forms(arch, itemsize, precision)
+    forms = _forms(arch, itemsize, precision, persistent=parts == 1)
     if launch.INTERPRET:
         return forms[-1]
     # Each row and column of a tile costs as much as so many of its products. Fitted to what `check
@@ -274,9 +303,11 @@ def tile_of(T, N, itemsize, precision, arch, multiprocessors, parts=1):
 
 
 def _config(T, N, K, itemsize, precision, arch, multiprocessors):
-    """The tile, or what was measured."""
+    """The tile and whether programs persist, or what was measured. On an H200 they take 3 to 16 %
+    less time where there are many tiles; in TF32 they have not been measured."""
     tile = tile_of(T, N, itemsize, precision, arch, multiprocessors)
-    config = {"PERSISTENT": 0, **tile}  # 1 where a table says so: not measured yet
+    large = launch.multiplies_from_shared_memory(arch) and itemsize == 2 and tile["BLOCK_M"] == 128
+    config = {"PERSISTENT": int(large), **tile}
     key = {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
     return launch.configuration("linear", config, rows=T, **key)
 
@@ -284,8 +315,8 @@ def _config(T, N, K, itemsize, precision, arch, multiprocessors):
 def _describable(arch, exact, *rows):
     """Whether the GPU has tensor descriptors, and they can be of each (t [.., K], stride of rows).
     Exact products of fp32 spill in this form."""
-    has = isinstance(arch, int) and arch >= 90 and not exact
-    return (has or launch.INTERPRET) and all(
+    has = launch.INTERPRET or (isinstance(arch, int) and arch >= 90)
+    return has and not exact and all(
         t.data_ptr() % 16 == 0 and stride * t.itemsize % 16 == 0 and t.shape[1] > 0
         for t, stride in rows
     )
@@ -298,6 +329,28 @@ def _places(arch, multiprocessors, itemsize, BLOCK_M, BLOCK_N, BLOCK_K, num_stag
         return 2
     shared = num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * itemsize
     return multiprocessors * min(max((SHARED.get(arch, 99) << 10) // shared, 1), 2)
+
+
+COLUMNS_FROM = 512  # rows of x that make up for the copy of a weight
+
+
+def by_columns(T, precision, BLOCK_N, *weights):
+    """(weights, stride, whether by columns) of weights [N, K] for a product with T rows, all alike.
+
+    By columns they are [K, N], with room up to whole tiles, which is read, and no matter what it
+    holds. Exact products of fp32 want it so on NVIDIA's GPUs: their threads share a row of x, and
+    each reads other columns of weight. As rows of shared memory these lie in one and the same bank,
+    and reading takes three times as long as multiplying; measured on an H200."""
+    first = weights[0]
+    exact = is_exact(first.itemsize, precision) and isinstance(launch.arch(), int)
+    if not exact or T < COLUMNS_FROM:
+        return weights, first.stride(0), False
+    N, K = first.shape
+    columns = ceil_div(N, BLOCK_N) * BLOCK_N
+    laid = [w.new_empty(K, columns) for w in weights]
+    for new, w in zip(laid, weights):
+        new[:, :N] = w.mT
+    return laid, columns, True
 
 
 def _forward(y, x, weight, bias, activation, residual, num_tokens):
@@ -318,18 +371,19 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     exact = is_exact(x.itemsize, precision)
     if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (weight, stride_wn)):
         M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
-        # By Triton's own way: launch.start knows no descriptors.
-        _persistent_kernel[(min(tiles, _places(*gpu, x.itemsize, **config)),)](
+        launch.start(
+            _persistent_kernel, min(tiles, _places(*gpu, x.itemsize, **config)),
             TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
             TensorDescriptor(weight, (N, K), (stride_wn, 1), (N_, K_)),
-            bias, residual, num_tokens, y, stride_rt, T, N, K, **shared, **launch.FUSED,
+            bias, residual, num_tokens, y, stride_rt, T, N, K, **shared,
         )  # fmt: skip
     elif tiles:
+        (weight,), stride_w, is_by_columns = by_columns(T, precision, config["BLOCK_N"], weight)
         launch.start(
             _forward_kernel, tiles,
-            x, weight, bias, residual, num_tokens, y,
-            stride_xt, stride_wn, stride_rt, T, N, K, REST=K % config["BLOCK_K"] != 0, **shared,
-        )
+            x, weight, bias, residual, num_tokens, y, stride_xt, stride_w, stride_rt, T, N, K,
+            BY_COLUMNS=is_by_columns, REST=K % config["BLOCK_K"] != 0, **shared,
+        )  # fmt: skip
 
 
 def _find_products():
@@ -600,6 +654,7 @@ SPEC = Spec(
         {"T": 37, "K": 96, "N": 136, "gelu": True},  # columns of tiles go past the rows
         {"T": 131, "K": 128, "N": 130, "residual": True},  # tiles of three rows, of two columns
         {"T": 257, "K": 16, "N": 257, "bias": False},
+        {"T": 513, "K": 70, "N": 21},  # enough for a weight by columns
         {"T": 9, "K": 40, "N": 24, "gelu": True, "residual": True, "bias": False},
         {"T": 3, "K": 3072, "N": 7},
         {"T": 1, "K": 1, "N": 1},

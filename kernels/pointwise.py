@@ -1,6 +1,17 @@
-"""Math on loaded values that two ops share. All in fp32, whatever the values came from."""
+"""What two ops do to loaded values, in fp32 whatever these came from."""
 
 from .launch import tl, triton
+
+
+@triton.jit
+def factor_of(t, PRECISION: tl.constexpr):
+    """t as a tl.dot of that input_precision is to take it. Tensor cores cut the last 13 bits of
+    what they multiply in TF32, always towards zero: over twelve layers four times the error of
+    rounding to the nearest, halves away from zero, as here."""
+    if PRECISION == "tf32":
+        nearest = (t.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True)
+        t = tl.where(t == t, nearest, float("nan"))  # of which it might make a number
+    return t
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import launch
 from .launch import DTYPES, ceil_div, once_differentiable, show, tl, triton
-from .linear import linear_ref, matmul, onednn_takes, plain_rows, product, tile_of
+from .linear import by_columns, linear_ref, matmul, onednn_takes, plain_rows, product, tile_of
 from .spec import Spec
 
 
@@ -36,13 +36,14 @@ def qkv_ref(
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _forward_kernel(
     x_ptr,  # [T, K]
-    query_weight_ptr, key_weight_ptr, value_weight_ptr,  # [N, K], contiguous
+    query_weight_ptr, key_weight_ptr, value_weight_ptr,  # [N, K], or by columns
     query_bias_ptr, key_bias_ptr, value_bias_ptr,  # [N]
     num_tokens_ptr,  # [1] or None
     y_ptr,  # [3, T, N], contiguous
-    stride_xt,
+    stride_xt, stride_w,
     T, N, K,
     PRECISION: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
     REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
@@ -65,8 +66,8 @@ def _forward_kernel(
         weight_ptr, bias_ptr = value_weight_ptr, value_bias_ptr
 
     acc = product(
-        x_ptr, weight_ptr, stride_xt, K,
-        start_m, start_n, rows, N, K, PRECISION, REST, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, weight_ptr, stride_xt, stride_w,
+        start_m, start_n, rows, N, K, PRECISION, BY_COLUMNS, REST, BLOCK_M, BLOCK_N, BLOCK_K,
     )
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -91,11 +92,13 @@ def _forward(y, x, qw, qb, kw, kb, vw, vb, num_tokens):
     config = _config(T, N, K, x.itemsize, precision)
     tiles = ceil_div(T, config["BLOCK_M"]) * 3 * ceil_div(N, config["BLOCK_N"])
     if tiles:
+        qw, kw, vw, qb, kb, vb = (t.contiguous() for t in (qw, kw, vw, qb, kb, vb))
+        weights, stride_w, is_by_columns = by_columns(T, precision, config["BLOCK_N"], qw, kw, vw)
         launch.start(
             _forward_kernel, tiles,
-            x, *(t.contiguous() for t in (qw, kw, vw, qb, kb, vb)), num_tokens, y,
-            stride_xt, T, N, K,
-            PRECISION=precision, REST=K % config["BLOCK_K"] != 0, **config,
+            x, *weights, qb, kb, vb, num_tokens, y, stride_xt, stride_w, T, N, K,
+            PRECISION=precision, BY_COLUMNS=is_by_columns, REST=K % config["BLOCK_K"] != 0,
+            **config,
         )  # fmt: skip
 
 
@@ -257,6 +260,7 @@ SPEC = Spec(
         {"T": 128, "K": 130, "N": 72},
         {"T": 37, "K": 96, "N": 136},  # columns of tiles go past the rows
         {"T": 131, "K": 16, "N": 130},  # tiles of three rows, of two columns
+        {"T": 513, "K": 70, "N": 21},  # enough for weights by columns
         {"T": 3, "K": 1024, "N": 7},
         {"T": 1, "K": 1, "N": 1},
         {"T": 0, "K": 128, "N": 128},

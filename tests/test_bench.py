@@ -467,6 +467,14 @@ def test_every_contender_of_an_op_gives_what_the_definition_gives(spec, backward
     assert all(found[name]["status"] == "ok" for name in names)
 
 
+@pytest.mark.skipif(INTERPRET, reason="the interpreter is not timed")
+def test_the_peer_of_pack_takes_every_mask_that_is_timed():
+    (spec,) = (s for s in SPECS if s.name == "pack")
+    for case in (*spec.cases, *spec.bench):
+        found = measured(op_workloads._workload(spec, case, torch.float32, CPU, False))
+        assert {row["status"] for row in found.values()} == {"ok"}, (case, found)
+
+
 def test_cublas_is_asked_for_by_name_for_the_product_alone(monkeypatch):
     """With a bias torch takes cuBLASLt. What follows is added outside of the clock's sight."""
     (spec,) = (s for s in SPECS if s.name == "linear")

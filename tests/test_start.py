@@ -1,5 +1,6 @@
 """launch.start takes the compiled kernel that Triton would, with the same arguments."""
 
+import itertools
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -17,7 +18,7 @@ from bert_fast.kernels.launch import DTYPES, INTERPRET
 sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
 
 from aot import Driver, OnKernels
-from judge import LAYOUTS, laid_out
+from judge import LAYOUTS, laid_out, varied
 from roofline import TARGETS
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter has no compiled kernels")
@@ -42,10 +43,14 @@ class Compiled:
     def run(self, *args):
         where, call, args = args[:4], args[4:7], args[9:]
         assert call == (self.function, self.packed_metadata, None)
-        said = [
-            (a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a for a in args
-        ]
-        self.launches.append((self.key, where, said))
+        self.launches.append((self.key, where, list(map(comparable, args))))
+
+
+def comparable(a):
+    """An argument of a launch, where tensors would be compared by their numbers."""
+    if isinstance(a, launch.TensorDescriptor):
+        return comparable(a.base), a.shape, a.strides, a.block_shape
+    return (a.dtype, a.shape, a.stride()) if isinstance(a, torch.Tensor) else a
 
 
 @pytest.fixture
@@ -82,19 +87,20 @@ def begun_late(t, i):
 @patch.dict(LAYOUTS, begun_late=begun_late)
 def test_the_kernel_and_its_arguments_are_those_of_triton(spec, launches):
     seen = 0
-    for dtype in DTYPES:
+    for variant, dtype in itertools.product(({}, *spec.variants), DTYPES):
         for n, case in enumerate(spec.cases):
             for layout in LAYOUTS if n < 2 else ["contiguous"]:
                 torch.manual_seed(0)
                 inputs = laid_out(spec.inputs(dtype, "cpu", **case), layout)
                 launches.clear()
-                with patch.object(triton.JITFunction, "run", left_to_triton):
-                    spec.fn(**inputs)
-                wanted = launches.copy()
-                for _ in range(2):  # as new, and as known
-                    launches.clear()
-                    spec.fn(**inputs)
-                    assert launches == wanted, (case, dtype, layout)
+                with varied(variant):
+                    with patch.object(triton.JITFunction, "run", left_to_triton):
+                        spec.fn(**inputs)
+                    wanted = launches.copy()
+                    for _ in range(2):  # as new, and as known
+                        launches.clear()
+                        spec.fn(**inputs)
+                        assert launches == wanted, (case, dtype, layout)
                 seen += len(wanted)
     assert seen > 15
 
