@@ -80,7 +80,19 @@ def reason_of_call(model, inputs, kwargs):
 
 def decodes(model):
     """Whether a model attends causally, and may have cross attention and a cache."""
-    return model.architecture.cross_attention is not None and bool(model.config.is_decoder)
+    return model.architecture.cross_attention is not None and bool(setting(model, "is_decoder"))
+
+
+def setting(model, name):
+    """What the config says of name; None where it says nothing. Not by way of transformers' own
+    lookup, which takes 3 us: a call asks for a dozen."""
+    config = model.config
+    if torch.compiler.is_compiling():
+        return getattr(config, name, None)
+    try:
+        return object.__getattribute__(config, type(config).attribute_map.get(name, name))
+    except AttributeError:
+        return None
 
 
 def crosses(model):
@@ -92,7 +104,7 @@ def caches(model, inputs):
     """Whether this call is to return a key-value cache."""
     if not decodes(model):
         return False
-    return bool(model.config.use_cache if inputs.use_cache is None else inputs.use_cache)
+    return bool(setting(model, "use_cache") if inputs.use_cache is None else inputs.use_cache)
 
 
 def _reason_of_cache(model, inputs):
@@ -126,11 +138,11 @@ def reason_of_model(model):
         return reason
     if dtype not in DTYPES:
         return f"{dtype} weights"
-    config = model.config
-    if getattr(config, "is_causal", None) is not None:
+    if setting(model, "is_causal") is not None:
         return "config.is_causal"
-    if config._attn_implementation not in ATTENTIONS:
-        return f"attn_implementation {config._attn_implementation}"
+    implementation = setting(model, "_attn_implementation")
+    if implementation not in ATTENTIONS:
+        return f"attn_implementation {implementation}"
     if torch.is_autocast_enabled(device.type):
         into = torch.get_autocast_dtype(device.type)
         if dtype is not torch.float32 or into not in (torch.float16, torch.bfloat16):
@@ -153,7 +165,7 @@ def reason_of_model(model):
         return "global module hooks"
     if output_capturing is not None and output_capturing._active_collector.get():
         return "an outer model records outputs of these modules"
-    return _first_reason(model, dtype, device) or _reason_of_buffers(model)
+    return _first_reason(model, dtype, device)
 
 
 def _reason_of_lengths(model):
@@ -169,9 +181,10 @@ _counting = WeakIdKeyDictionary()  # buffers: their version when they were looke
 
 
 def _reason_of_buffers(model):
-    """Where a call says no positions or token types, stock has buffers of them, which somebody may
-    have replaced; the kernels count, and take type 0. Their numbers are looked at once."""
-    names = {"token_type_ids": 0}  # and by how much one number is more than the last
+    """(the reason or None, whether all could be looked at). Where a call says no positions or token
+    types, stock has buffers of them, which somebody may have replaced; the kernels count, and take
+    type 0. Their numbers are looked at once."""
+    looked, names = True, {"token_type_ids": 0}  # and by how much one number is more than the last
     if model.architecture.position_ids is None:
         names["position_ids"] = 1
     for name, step in names.items():
@@ -181,14 +194,16 @@ def _reason_of_buffers(model):
         version = None if t.is_inference() else t._version
         if _counting.get(t, (-1,))[0] != version:
             if t.is_cuda and torch.cuda.is_current_stream_capturing():
+                looked = False
                 continue
             same = (t.cpu() == step * torch.arange(t.shape[-1], device="cpu")).all()
             if type(same) is not torch.Tensor or same.is_meta:  # in a mode of fake tensors
+                looked = False
                 continue
             _counting[t] = version, bool(same)
         if not _counting[t][1]:
-            return f"embeddings.{name} with other numbers than usual"
-    return None
+            return f"embeddings.{name} with other numbers than usual", looked
+    return None, looked
 
 
 def is_transformed():
@@ -230,14 +245,14 @@ def reason_of_parts(model):
 def asked(model, kwargs, name):
     """An output_... flag of this call, which the config may answer."""
     value = kwargs.get(name)
-    return getattr(model.config, name, False) if value is None else value
+    return setting(model, name) if value is None else value
 
 
 def _first_reason(model, dtype, device):
-    """As reason_of_model, of the modules, which are looked at one by one if any has changed."""
+    """As reason_of_model, of modules and buffers, which are looked at one by one if any changed."""
     if torch.compiler.is_compiling():
         return _reason_of_modules(model, dtype, device)[0]
-    beside = dtype, device, model.config.num_attention_heads, decodes(model)
+    beside = dtype, device, setting(model, "num_attention_heads"), decodes(model)
     known = seen(model)
     if known is not None:
         if known.holds(beside):
@@ -245,7 +260,9 @@ def _first_reason(model, dtype, device):
         forget(model)  # it keeps what was there
     reason, modules = _reason_of_modules(model, dtype, device)
     if reason is None:
-        see(model, modules, beside)
+        reason, looked = _reason_of_buffers(model)
+        if reason is None and looked:
+            see(model, modules, beside)
     return reason
 
 
@@ -260,7 +277,7 @@ def _reason_of_modules(model, dtype, device):
         if reason := _reason_of_module(module, dtype, place):
             return f"{_path(model, module)}: {reason}", todo
         todo += module._modules.values()
-    heads, is_decoder = model.config.num_attention_heads, decodes(model)
+    heads, is_decoder = setting(model, "num_attention_heads"), decodes(model)
     for layer in architecture.layers(model):
         if reason := _reason_of_layer(architecture, layer, heads, is_decoder):
             return f"{_path(model, layer)}: {reason}", todo

@@ -30,9 +30,9 @@ from typing import NamedTuple
 
 import torch
 
-from .architectures import find
+from .architectures import at
 from .coverage import asked, decodes, is_transformed, reason_of_parts
-from .inputs import Inputs, room
+from .inputs import Inputs, first_position
 from .kernels.launch import allows_tf32
 from .seen import seen
 
@@ -84,23 +84,25 @@ def bucket_of(model, inputs, kwargs):
             kinds.append((name, t.dtype, t.shape[2:]))
     if reason_of_parts(model):
         return None
-    most = room(model)
+    tables, most = _tables(model)
     if inputs.position_ids is None and S > most:  # whether that fails depends on the padding
         return None
     rows, columns = _size(B), max(S, min(-(-S // 64) * 64, most))
     if not 0 < rows * columns <= MAX_TOKENS:
         return None
-    return Bucket(rows, columns, tuple(kinds), _tables(model), allows_tf32())
+    return Bucket(rows, columns, tuple(kinds), tables, allows_tf32())
 
 
 COPIED = "input_ids", "inputs_embeds", "token_type_ids", "position_ids"
 
 
 def _tables(model):
-    """Rows of the embeddings."""
-    parts = find(model, model.architecture.embeddings)
-    of = (parts.word, parts.position, parts.token_type)
-    return tuple(m.weight.shape[0] for m in of if m is not None)
+    """(rows of the embeddings, tokens of a sequence that have a position), as they are now: where
+    an id is outside of a table, the kernel of an old graph stops, and with it the process."""
+    paths = model.architecture.embeddings
+    places = filter(None, (paths.word, paths.position, paths.token_type))
+    rows = tuple([at(model, path).weight.shape[0] for path in places])
+    return rows, rows[1] - first_position(model)
 
 
 def _size(B):
@@ -326,7 +328,7 @@ def _burnt_in(model):
         found.append([state.get(name) for name in ("eps", "scaling", "training", "p")])
         for p in state["_parameters"].values():
             if p is not None:
-                found.append((p.data_ptr(), p.dtype))
+                found.append((p.data_ptr(), p.dtype, p.shape))
         modules += [m for m in state["_modules"].values() if m is not None]
     return found
 

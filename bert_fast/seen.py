@@ -4,7 +4,9 @@ To look at the two hundred modules of a base model takes as long as a GPU takes 
 and who has recorded a graph of them looks again, whether it is of the same numbers and weights. To
 compare what they hold with copies of it answers both, as Python compares dicts by the identity of
 what is in them. Whatever is put on a module, in place of a child or a weight, or among its hooks,
-is still seen, and so is a weight that moves under its name.
+is still seen, and so are a weight that moves under its name and numbers that are written into a
+buffer. Where torch tells a dict's version, as its compiler asks for, what has not been written to
+is not even compared.
 """
 
 import operator
@@ -12,7 +14,12 @@ import weakref
 
 import torch
 
-_kind_of = operator.attrgetter("dtype", "shape")
+try:
+    from torch._C._dynamo.guards import dict_version  # private to torch
+except ImportError:
+    dict_version = None
+
+_size_of = operator.attrgetter("nbytes")
 CONTENTS = "_modules", "_parameters", "_buffers"
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -27,29 +34,48 @@ class Seen:
         self._empty = [c for c in contents if not c]  # most are
         self._live = [model.__dict__["_modules"], *states, *filter(None, contents)]
         self._copies = list(map(dict, self._live))
+        self._versions = self._versions_now()
         self._kinds = list(map(type, modules))
         self._methods = _methods_of(set(self._kinds))
         self._hooks = [s[name] for s in states for name in HOOKS]
         self._hooked = self._hooks_now()
         self._weights = [p for s in states for p in s["_parameters"].values()]
         self._places = self._places_now()
+        self._buffers = [t for s in states for t in s["_buffers"].values() if t is not None]
+        self._writes = self._writes_now()
+
+    def _versions_now(self):
+        return dict_version and list(map(dict_version, self._live))
+
+    def _same_contents(self):
+        now = self._versions_now()
+        if any(self._empty):
+            return False
+        if now is None or now != self._versions:
+            if not all(map(operator.eq, self._live, self._copies)):
+                return False
+            self._versions = now
+        return True
 
     def _hooks_now(self):
         return [tuple(hooks.values()) for hooks in filter(None, self._hooks)]
 
     def _places_now(self):
-        return [*map(torch.Tensor.data_ptr, self._weights), *map(_kind_of, self._weights)]
+        return [*map(torch.Tensor.data_ptr, self._weights), *map(_size_of, self._weights)]
+
+    def _writes_now(self):
+        return [None if t.is_inference() else t._version for t in self._buffers]
 
     def holds(self, beside):
         try:
             return (
                 beside == self._beside
-                and not any(self._empty)
-                and all(map(operator.eq, self._live, self._copies))
+                and self._same_contents()
                 and list(map(type, self._modules)) == self._kinds
                 and _methods_of(self._methods) == self._methods
                 and self._hooks_now() == self._hooked
                 and self._places_now() == self._places
+                and self._writes_now() == self._writes
             )
         except (RuntimeError, ValueError):  # a tensor in another's place says so of ==
             return False

@@ -1,6 +1,7 @@
 """What changes on a model between two calls is seen, though its modules are compared as a whole."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 import bert_fast
 from bert_fast import coverage
 from bert_fast.seen import seen
+
+seen_file = importlib.import_module("bert_fast.seen")
 
 
 class Own(nn.Linear):
@@ -121,13 +124,24 @@ def model(device):
     return model
 
 
+@pytest.mark.parametrize("versions", [True, False], ids=["versions", "contents"])
 @pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
-def test_a_change_after_a_call_is_seen(change, model, monkeypatch):
+def test_a_change_after_a_call_is_seen(change, versions, model, monkeypatch):
+    if not versions:  # as in a torch that does not tell them
+        monkeypatch.setattr(seen_file, "dict_version", None)
     assert coverage.reason_of_model(model) is None
     change(model.encoder.layer[1], monkeypatch)
     reason = coverage.reason_of_model(model)
     assert reason and REASONS[change] in reason, reason
     assert seen(model) is None  # or it would keep what is gone
+
+
+def test_numbers_written_into_a_buffer_are_seen(model):
+    model.embeddings.position_ids[0, 3] = 7
+    assert "position_ids with other numbers" in coverage.reason_of_model(model)
+    assert seen(model) is None
+    model.embeddings.position_ids[0, 3] = 3
+    assert coverage.reason_of_model(model) is None and seen(model) is not None
 
 
 @torch.no_grad()
