@@ -20,7 +20,9 @@ import torch
 from . import kernels as ops
 from .architectures import find
 from .frozen import prepacked
+from .kernels.launch import is_recorded
 from .kernels.linear import prepacked_linear
+from .trained_layer import Settings, is_trained, trained_layer
 
 
 # -- tokens ---------------------------------------------------------------------------------
@@ -141,16 +143,41 @@ def _frozen_row(table, padding_idx):
 def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, cache=None, index=0):
     """One layer: x [T, H] -> [T, H]. A cache of transformers gets its keys and values, as layer
     `index`."""
-    part = find(layer, architecture.attention)
+    part, feed_forward = find(layer, architecture.attention), find(layer, architecture.feed_forward)
+    if memory is None and cache is None and tokens.num_tokens is None and is_recorded():
+        modules = (
+            part.query, part.key, part.value, part.dense, feed_forward.up, feed_forward.down,
+            part.norm, feed_forward.norm,
+        )  # fmt: skip
+        parameters = [_parameter(module, name) for module in modules for name in ("weight", "bias")]
+        if is_trained(x, parameters):
+            settings = _settings(part, feed_forward, x, tokens, seeds, causal)
+            return trained_layer(x, settings, parameters)
     o = _attend(part, x, tokens, seeds, causal, cache, index)
     x = _add_norm(part, part.dense, o, x, tokens, seeds)
     if memory is not None:
         part = find(layer, architecture.cross_attention)
         o = _attend_to(part, x, tokens, seeds, memory, cache, index)
         x = _add_norm(part, part.dense, o, x, tokens, seeds)
-    part = find(layer, architecture.feed_forward)
-    h = _product(part.up, x, tokens, "gelu")
-    return _add_norm(part, part.down, h, x, tokens, seeds)
+    h = _product(feed_forward.up, x, tokens, "gelu")
+    return _add_norm(feed_forward, feed_forward.down, h, x, tokens, seeds)
+
+
+def _settings(part, feed_forward, x, tokens, seeds, causal):
+    """Of a trained layer. Seeds are taken in the order of layer_forward."""
+    core = part.core
+    dropouts = []
+    for drops, dropout in (
+        (core.training and core.dropout.p, core.dropout),
+        (_drops(part.dropout), part.dropout),
+        (_drops(feed_forward.dropout), feed_forward.dropout),
+    ):
+        dropouts.append((dropout.p, next(seeds)) if drops else (0.0, None))
+    eps = part.norm.eps, feed_forward.norm.eps
+    return Settings(
+        tokens.cu_seqlens, tokens.shape[1], causal, core.attention_head_size, core.scaling,
+        *dropouts, eps, _autocast(x),
+    )  # fmt: skip
 
 
 def checkpoints(layer):

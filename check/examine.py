@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from judge import LAYOUTS, Judge, further_rows, is_float, laid_out, varied
+from judge import LAYOUTS, Judge, distance, further_rows, is_float, laid_out, varied
 from sanitizer import Sanitizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.errors import InterpreterError
 
 from bert_fast.kernels.launch import DTYPES
+from bert_fast.kernels.spec import cast, tensors_of
 
 LARGE = 2**26  # bytes; what is larger has no memory under Phantoms
 
@@ -72,9 +73,14 @@ def faults(spec):
             for fault in _faults_of(spec, of_variant):
                 yield f"{fault}, {variant}"
     yield from of_infinity(spec, spec.cases[0])
+    yield from of_tf32(spec, spec.cases[0])
+    for variant in spec.variants:
+        with varied(variant):
+            yield from of_tf32(spec, spec.cases[0])
     yield from of_traps(spec)
     for case in spec.huge:
-        yield from of_size(spec, case)
+        for dtype in DTYPES[:2]:
+            yield from of_size(spec, case, dtype)
     yield from of_strides(spec, spec.cases[0])
 
 
@@ -175,6 +181,52 @@ def of_infinity(spec, case):
                 yield f"{where}: the error is {share:.2g} times what is allowed"
 
 
+class InTF32(TorchDispatchMode):
+    """Products of matrices take what they multiply in TF32, rounded to the nearest."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            args = map(nearest_tf32, args)
+        elif func is torch.ops.aten.addmm.default:
+            args = args[0], *map(nearest_tf32, args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def nearest_tf32(t):
+    return (t.contiguous().view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
+
+
+def of_tf32(spec, case):
+    """Where torch may multiply in TF32, an op does, and errs as its definition does so: half as
+    far again at most, which is less than what is cut instead of rounded. NaN is still none."""
+    inputs = inputs_of(spec, case, torch.float32)
+    truth = tensors_of(spec.ref(**cast(inputs, torch.float64)))
+    with InTF32():
+        rounded = tensors_of(spec.ref(**inputs))
+    if all(map(torch.equal, rounded, tensors_of(spec.ref(**inputs)))):
+        return  # it has no products
+    not_a_number = {
+        name: torch.where(torch.arange(t.numel()).view(t.shape) == 1, torch.nan, t)
+        if is_float(t) else t
+        for name, t in inputs.items()
+    }  # fmt: skip
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        ours = tensors_of(call(spec, inputs)[0])
+        lost = tensors_of(call(spec, not_a_number)[0])
+    finally:
+        matmul.fp32_precision = before
+    for i, exact in enumerate(truth):
+        share = distance(ours[i], exact) / distance(rounded[i], exact)
+        if not 0.3 < share <= 1.5:
+            yield f"{spec.label(case)}, TF32: the error is {share:.2g} times the definition's"
+    for i, wanted in enumerate(tensors_of(spec.ref(**not_a_number))):
+        if not torch.equal(lost[i].isnan(), wanted.isnan()):
+            yield f"{spec.label(case)}, TF32: NaN is elsewhere than in the definition"
+
+
 def of_traps(spec):
     """Keywords that must end a launch in an assertion, whichever program meets them."""
     for keywords in spec.traps:
@@ -189,10 +241,10 @@ def of_traps(spec):
         yield f"{spec.label(spec.cases[0])}, {name} {keywords[name].flatten()[0]}: no assertion"
 
 
-def of_size(spec, case):
+def of_size(spec, case, dtype=torch.float16):
     """Sizes at which an offset passes 2^31, some programs of each launch, nothing allocated."""
     with SaysCpu(), Phantoms():
-        inputs = spec.inputs(torch.float16, "cpu", **case)
+        inputs = spec.inputs(dtype, "cpu", **case)
         _, watched = call(spec, inputs, programs=extremes)
     for finding in watched.findings:
         yield f"{finding} ({spec.label(case)})"

@@ -673,6 +673,7 @@ SPEC = Spec(
         {"T": 2**20 + 3, "K": 2**11, "N": 64},  # x
         {"T": 2**20 + 3, "K": 64, "N": 2**11, "residual": True},
         {"T": 64, "K": 2**12, "N": 2**20 + 3},  # weight
+        {"T": 513, "K": 2**12, "N": 2**20 + 3},  # in fp32 by columns
     ),
     bench=(
         {"T": 16384, "K": BASE, "N": BASE, "residual": True},

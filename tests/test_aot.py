@@ -62,11 +62,14 @@ def test_every_kernel_compiles_elsewhere_and_fits_shared_memory(arch):
             assert launched.kernel.metadata.shared <= TARGETS[arch].shared
 
 
-def test_attention_in_fp32_adds_up_sums_of_tiles_not_one_chain_over_all_keys():
+def test_products_in_fp32_add_up_sums_of_steps_not_one_chain_over_all_of_them():
     """A product that starts from the accumulator of another goes on with its chain."""
-    case = {"lengths": (100,), "heads": 1, "D": 16}
-    for spec, dtype in itertools.product(SPECS[:2], (torch.float32, torch.float16)):
-        assert spec.name in ("attention", "attention_backward")
+    heads, product = {"lengths": (100,), "D": 16}, {"T": 600, "K": 256, "N": 48}
+    cases = {"attention": heads, "attention_backward": heads, "linear": product, "qkv": product}
+    specs = [s for s in SPECS if s.name in cases]
+    assert len(specs) == len(cases)
+    for spec, dtype in itertools.product(specs, (torch.float32, torch.float16)):
+        case = cases[spec.name]
         for launched in compile_all(spec, case, dtype, ["sm_90"])["sm_90"]:
             ttgir = launched.kernel.asm["ttgir"]
             start = re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", ttgir)

@@ -1,0 +1,154 @@
+"""A layer that is trained, as one function of autograd instead of seven.
+
+It launches what layer_forward of encoder.py does, with the same bits. But autograd takes 28 us for
+each function that is written in Python, and more for what it puts between them: here gradients of
+query, key and value come as they are and not stacked, those of their weights by one product, and
+what a residual hands back is added by the product beside it, which rounds once.
+
+    a = dropout(o Wo^T + bo) + x        o = attention(x Wq^T + bq, x Wk^T + bk, x Wv^T + bv)
+    f = dropout(h Wd^T + bd) + m        h = gelu(m Wu^T + bu)        m = LayerNorm(a)
+
+The result is LayerNorm(f). Under autocast x, m, a and f are wider than the rest, and LayerNorm adds
+the residual: then a and f are pairs.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from . import kernels as ops
+from .kernels.launch import directly, once_differentiable
+from .kernels.linear import matmul
+
+
+class Settings(NamedTuple):
+    """What a layer has beside parameters. A dropout is (p, seed); where nothing drops, p is 0."""
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    causal: bool
+    head_size: int
+    scale: float
+    of_probabilities: tuple
+    after_attention: tuple
+    after_feed_forward: tuple
+    eps: tuple  # of both LayerNorms
+    dtype: torch.dtype | None  # of products under autocast
+
+
+class Parameters(NamedTuple):
+    """Weight and bias of each Linear and LayerNorm."""
+
+    query: torch.Tensor
+    query_bias: torch.Tensor
+    key: torch.Tensor
+    key_bias: torch.Tensor
+    value: torch.Tensor
+    value_bias: torch.Tensor
+    out: torch.Tensor
+    out_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    norm: torch.Tensor
+    norm_bias: torch.Tensor
+    last_norm: torch.Tensor
+    last_norm_bias: torch.Tensor
+
+
+LINEARS = 12  # of the parameters
+
+
+def is_trained(x, parameters):
+    """Whether a layer's gradients are asked for, all of them, in one dtype."""
+    if torch.compiler.is_compiling() or not x.requires_grad:
+        return False
+    return all(p.requires_grad and p.dtype == x.dtype for p in parameters)
+
+
+def trained_layer(x, settings, parameters):
+    """x [T, H] -> [T, H] of a layer in which is_trained."""
+    return _Layer.apply(x, settings, *parameters)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, s, *parameters):
+        p = Parameters(*(t.to(s.dtype or x.dtype) for t in parameters[:LINEARS]),
+                       *parameters[LINEARS:])  # fmt: skip
+        narrow_x = x.to(s.dtype or x.dtype)
+        y = ops.qkv(narrow_x, *p[:6])
+        drop, seed = s.of_probabilities
+        o = ops.attention(
+            *_of_heads(y, s.head_size), s.cu_seqlens, s.max_seqlen,
+            causal=s.causal, scale=s.scale, dropout_p=drop, seed=seed,
+        ).flatten(1)  # fmt: skip
+        a = _summands(o, p.out, p.out_bias, x, s.after_attention, s)
+        m = ops.layer_norm(a[0], p.norm, p.norm_bias, a[1], s.eps[0])
+        narrow_m = m.to(s.dtype or m.dtype)
+        h = ops.linear(narrow_m, p.up, p.up_bias, "gelu")
+        f = _summands(h, p.down, p.down_bias, m, s.after_feed_forward, s)
+        ctx.save_for_backward(narrow_x, y, o, *a, narrow_m, h, *f, *p)
+        ctx.settings = s
+        return ops.layer_norm(f[0], p.last_norm, p.last_norm_bias, f[1], s.eps[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        with directly(dy.device, (dy,)), torch.autocast(dy.device.type, enabled=False):
+            return _backward(dy, ctx.settings, *ctx.saved_tensors)
+
+
+def _summands(x, weight, bias, residual, dropout, s):
+    """(what LayerNorm normalises, and what it adds first or None)"""
+    p, seed = dropout
+    wide = s.dtype is not None
+    y = ops.linear(x, weight, bias, residual=None if p or wide else residual)
+    if p:
+        y = ops.dropout(y, p, seed, None if wide else residual)
+    return (residual, y) if wide else (y, None)
+
+
+def _of_heads(y, head_size):
+    """Query, key and value [T, heads, head_size] of qkv's y."""
+    return y.view(len(y), 3, -1, head_size).unbind(1)
+
+
+def _backward(dy, s, x, y, o, a, a_added, m, h, f, f_added, *parameters):
+    p, dtype = Parameters(*parameters), dy.dtype
+    df, *of_last_norm = ops.layer_norm_backward(dy, f, p.last_norm, f_added, s.eps[1])
+    dh, *of_down = _of_product(_dropped(df, s.after_feed_forward, s), h, p.down)
+    dz = torch.ops.aten.gelu_backward(dh, ops.linear(m, p.up, p.up_bias))
+    del dh  # this and dz are the largest
+    dm, *of_up = _of_product(dz, m, p.up, df)
+    del dz
+    da, *of_norm = ops.layer_norm_backward(dm, a, p.norm, a_added, s.eps[0])
+    do, *of_out = _of_product(_dropped(da, s.after_attention, s), o, p.out)
+    drop, seed = s.of_probabilities
+    q, k, v = _of_heads(y, s.head_size)
+    of_heads = ops.attention_backward(
+        do.view(q.shape), q, k, v, s.cu_seqlens, s.max_seqlen,
+        causal=s.causal, scale=s.scale, dropout_p=drop, seed=seed,
+    )  # fmt: skip
+    d = torch.cat([t.flatten(1) for t in of_heads], 1)
+    dx, dweight, dbias = _of_product(d, x, torch.cat((p.query, p.key, p.value)), da)
+    of_qkv = [t for pair in zip(dweight.chunk(3), dbias.chunk(3)) for t in pair]
+    of_linears = [t.to(dtype) for t in (*of_qkv, *of_out, *of_up, *of_down)]
+    return dx, None, *of_linears, *of_norm, *of_last_norm
+
+
+def _dropped(d, dropout, s):
+    p, seed = dropout
+    d = d.to(s.dtype or d.dtype)
+    return ops.dropout(d, p, seed) if p else d
+
+
+def _of_product(dy, x, weight, residual=None):
+    """The gradients of x W^T + b: of x, with what came by another way, of weight and of bias."""
+    if residual is not None and residual.dtype == dy.dtype and dy.device.type == "cuda":
+        dx = torch.addmm(residual, dy, weight)
+    else:
+        dx = matmul(dy, weight)
+        dx = dx if residual is None else residual + dx
+    return dx, matmul(dy.mT, x), dy.sum(0)
