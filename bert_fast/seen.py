@@ -14,11 +14,22 @@ import weakref
 
 import torch
 
-try:
-    from torch._C._dynamo.guards import dict_version  # private to torch
-except ImportError:
-    dict_version = None
 
+def _find_dict_version():
+    """What torch's compiler asks for the version of a dict, or None. It is private to torch, so it
+    is tried out."""
+    try:
+        from torch._C._dynamo.guards import dict_version
+
+        tried = {}
+        before = dict_version(tried)
+        tried["written"] = True
+        return dict_version if dict_version(tried) != before else None
+    except (ImportError, RuntimeError):
+        return None
+
+
+dict_version = _find_dict_version()
 _size_of = operator.attrgetter("nbytes")
 CONTENTS = "_modules", "_parameters", "_buffers"
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

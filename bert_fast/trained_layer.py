@@ -96,7 +96,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        with directly(dy.device, (dy,)), torch.autocast(dy.device.type, enabled=False):
+        with torch.autocast(dy.device.type, enabled=False), directly(dy.device, (dy,)):
             return _backward(dy, ctx.settings, *ctx.saved_tensors)
 
 
@@ -112,7 +112,8 @@ def _summands(x, weight, bias, residual, dropout, s):
 
 def _of_heads(y, head_size):
     """Query, key and value [T, heads, head_size] of qkv's y."""
-    return y.view(len(y), 3, -1, head_size).unbind(1)
+    T, _, N = y.shape
+    return y.view(T, 3, N // head_size, head_size).unbind(1)
 
 
 def _backward(dy, s, x, y, o, a, a_added, m, h, f, f_added, *parameters):

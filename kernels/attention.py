@@ -200,9 +200,7 @@ def _forward_kernel(
             hashes, most, D, qk_scale, True, PRECISION, BLOCK_N, BLOCK_D,
         )
 
-    o = acc / tl.where(l == 0.0, 1.0, l)[:, None]
-    if seed_ptr is not None:
-        o *= factor
+    o = acc / tl.where(l == 0.0, 1.0, l)[:, None] * factor  # of dropout, 1 without
     o_ptr += rows_m * (heads * D) + h * D
     tl.store(o_ptr + offs_d[None, :], o, mask=mask_md)
 

@@ -49,6 +49,13 @@ def test_the_same_bits_and_the_gradients_of_layer_forward(
     assert_as_op_by_op(model, device, dtype, monkeypatch, calls)
 
 
+def test_a_batch_without_a_token(device, calls):
+    model = bert_fast.accelerate(stock_model(device=device))
+    _, grads = trained(model, device, masks(device)["all zeros"])
+    assert len(calls) == 2 and len(grads) > 20
+    assert not any(grad.any() for grad in grads.values())
+
+
 def test_a_decoders_layer_is_causal_here_too(device, monkeypatch, calls):
     model = bert_fast.accelerate(stock_model(device=device, is_decoder=True))
     assert_as_op_by_op(model, device, torch.float32, monkeypatch, calls, use_cache=False)
