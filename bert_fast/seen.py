@@ -10,6 +10,8 @@ is not even compared.
 """
 
 import operator
+import sys
+import types
 import weakref
 
 import torch
@@ -17,14 +19,18 @@ import torch
 
 def _find_dict_version():
     """What torch's compiler asks for the version of a dict, or None. It is private to torch, so it
-    is tried out."""
+    is tried out; and from Python 3.13 on, what is set on an object need not change the version of
+    its __dict__."""
+    if sys.version_info >= (3, 13):
+        return None
     try:
         from torch._C._dynamo.guards import dict_version
 
-        tried = {}
-        before = dict_version(tried)
-        tried["written"] = True
-        return dict_version if dict_version(tried) != before else None
+        tried = types.SimpleNamespace(number=0)
+        versions = [dict_version(tried.__dict__)]
+        for tried.number in (1, 2):
+            versions.append(dict_version(tried.__dict__))
+        return dict_version if len(set(versions)) == 3 else None
     except (ImportError, RuntimeError):
         return None
 
