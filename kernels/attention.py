@@ -105,8 +105,9 @@ def _attend(
     k = tl.load(k_ptr + rows_n * stride_kt + offs_d[None, :], mask=mask, other=0.0)
     v = tl.load(v_ptr + rows_n * stride_vt + offs_d[None, :], mask=mask, other=0.0)
 
+    FP32: tl.constexpr = v.dtype == tl.float32
     s = tl.dot(q, tl.trans(factor_of(k, PRECISION)), input_precision=PRECISION) * qk_scale
-    if MASKED or v.dtype == tl.float32:
+    if MASKED or FP32:
         # Of fp32 always: between them a choice keeps the product with qk_scale and what is taken
         # off below from being one fma, which would not round s as it was rounded for the maximum.
         s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
@@ -118,7 +119,7 @@ def _attend(
     l = l * rescale + tl.sum(p, 1)
     if hashes is not None:
         p = tl.where(draw(hashes[:, None], offs_n[None, :]) <= most, p, 0.0)
-    if v.dtype == tl.float32:
+    if FP32:
         # One chain over all keys would err several times as far as a sum of sums. fma, as Triton
         # makes one chain of a dot and an addition.
         p, v = factor_of(p, PRECISION), factor_of(v, PRECISION)
