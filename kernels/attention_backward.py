@@ -282,6 +282,7 @@ def _dkdv_kernel(
     k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
     v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
     offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < length_k
     shift = length_k - length_q
     # Earlier queries see none of these keys.
     start = tl.maximum(start_n - shift, 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
@@ -295,11 +296,10 @@ def _dkdv_kernel(
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
-        if CAUSAL:
-            s = tl.where(offs_n[:, None] <= (offs_m + shift)[None, :], s, float("-inf"))
-        elif v.dtype == tl.float32:
-            # As in attention: s is rounded, as it was for lse, before lse is taken off.
-            s = tl.where((offs_n < length_k)[:, None], s, float("-inf"))
+        visible = offs_n[:, None] <= (offs_m + shift)[None, :] if CAUSAL else mask_n[:, None]
+        if CAUSAL or v.dtype == tl.float32:
+            # As in attention, of fp32 always: s is rounded, as it was for lse, before lse is off.
+            s = tl.where(visible, s, float("-inf"))
         p = tl.exp2(s - lse[None, :])
         dropped = p
         if seed_ptr is not None:
@@ -314,7 +314,7 @@ def _dkdv_kernel(
         dk = _add_product(dk, ds.to(q.dtype), q, PRECISION)
 
     offs_d = tl.arange(0, BLOCK_D)
-    mask = (offs_n < length_k)[:, None] & (offs_d < D)[None, :]
+    mask = mask_n[:, None] & (offs_d < D)[None, :]
     offsets = (start_k + offs_n)[:, None] * (heads * D) + h * D + offs_d[None, :]
     tl.store(dk_ptr + offsets, dk, mask=mask)
     tl.store(dv_ptr + offsets, dv, mask=mask)
