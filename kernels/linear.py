@@ -274,10 +274,11 @@ SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, "gfx942": 64}
 @functools.lru_cache(1024)  # a launch comes here
 def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
     """The form that leaves the busiest multiprocessor the least to do; in the interpreter, which
-    pays for programs, the largest."""
+    pays for programs, the largest, or of exact fp32 one whose halves are no squares, so that sides
+    which are mistaken for each other show."""
     forms = _forms(arch, itemsize, precision, persistent=parts == 1)
     if launch.INTERPRET:
-        return forms[-1]
+        return forms[1 if is_exact(itemsize, precision) else -1]
     # Each row and column of a tile costs as much as so many of its products. Fitted to what `check
     # aot` predicts for base and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
     from_shared = launch.multiplies_from_shared_memory(arch)
