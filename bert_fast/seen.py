@@ -36,7 +36,7 @@ def _find_dict_version():
 
 
 dict_version = _find_dict_version()
-_size_of = operator.attrgetter("nbytes")
+_kind_of = operator.attrgetter("dtype", "shape")
 CONTENTS = "_modules", "_parameters", "_buffers"
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -78,7 +78,7 @@ class Seen:
         return [tuple(hooks.values()) for hooks in filter(None, self._hooks)]
 
     def _places_now(self):
-        return [*map(torch.Tensor.data_ptr, self._weights), *map(_size_of, self._weights)]
+        return [*map(torch.Tensor.data_ptr, self._weights), *map(_kind_of, self._weights)]
 
     def _writes_now(self):
         return [None if t.is_inference() else t._version for t in self._buffers]

@@ -78,6 +78,11 @@ def a_part(layer, monkeypatch):
     query.weight.data = query.weight.data[:16]
 
 
+def another_shape_in_place(layer, monkeypatch):
+    query = layer.attention.self.query
+    query.weight.data = query.weight.data.view(32, 128)
+
+
 def without_bias(layer, monkeypatch):
     layer.output.dense.bias = None
 
@@ -108,6 +113,7 @@ REASONS = {
     another_dtype: "encoder.layer.1.output.dense: torch.float64",
     another_dtype_in_place: "encoder.layer.1.output.dense: torch.float16",
     a_part: "encoder.layer.1: pruned heads",
+    another_shape_in_place: "encoder.layer.1: pruned heads",
     without_bias: "encoder.layer.1.output.dense: no bias or weight",
     another_activation: "torch.nn.modules.activation.ReLU",
     causal: "encoder.layer.1: attention.self.is_causal",
