@@ -144,7 +144,7 @@ def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, ca
     """One layer: x [T, H] -> [T, H]. A cache of transformers gets its keys and values, as layer
     `index`."""
     part, feed_forward = find(layer, architecture.attention), find(layer, architecture.feed_forward)
-    if memory is None and cache is None and tokens.num_tokens is None and is_recorded():
+    if memory is None and cache is None and is_recorded():
         modules = (
             part.query, part.key, part.value, part.dense, feed_forward.up, feed_forward.down,
             part.norm, feed_forward.norm,
@@ -175,8 +175,8 @@ def _settings(part, feed_forward, x, tokens, seeds, causal):
         dropouts.append((dropout.p, next(seeds)) if drops else (0.0, None))
     eps = part.norm.eps, feed_forward.norm.eps
     return Settings(
-        tokens.cu_seqlens, tokens.shape[1], causal, core.attention_head_size, core.scaling,
-        *dropouts, eps, _autocast(x),
+        tokens.cu_seqlens, tokens.shape[1], tokens.num_tokens,
+        causal, core.attention_head_size, core.scaling, *dropouts, eps, _autocast(x),
     )  # fmt: skip
 
 

@@ -55,17 +55,20 @@ class Bucket(NamedTuple):
     inputs: tuple  # (name, dtype, width or nothing) of each that is given; the mask always is
     tables: tuple  # rows of each embedding; kernels stop at ids past the table that they know
     allows_tf32: bool
+    training: tuple | None  # of a graph of training, (dtype of autocast or None,)
 
 
-def bucket_of(model, inputs, kwargs):
+def bucket_of(model, inputs, kwargs, training=None):
     """The Bucket of a call, or None where a graph cannot serve it."""
     x = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
-    if torch.is_grad_enabled() or is_transformed():
+    if torch.is_grad_enabled() != (training is not None) or is_transformed():
         return None
     given = [t for name in COPIED if (t := getattr(inputs, name)) is not None]
     if x is None or not all(isinstance(t, torch.Tensor) for t in given) or x.ndim < 2:
         return None
-    if not there_are(x.device) or torch.is_autocast_enabled(x.device.type):
+    if not there_are(x.device):
+        return None
+    if training is None and torch.is_autocast_enabled(x.device.type):
         return None
     if decodes(model) or asked(model, kwargs, "output_hidden_states"):
         return None
@@ -90,7 +93,7 @@ def bucket_of(model, inputs, kwargs):
     rows, columns = _size(B), max(S, min(-(-S // 64) * 64, most))
     if not 0 < rows * columns <= MAX_TOKENS:
         return None
-    return Bucket(rows, columns, tuple(kinds), tables, allows_tf32())
+    return Bucket(rows, columns, tuple(kinds), tables, allows_tf32(), training)
 
 
 COPIED = "input_ids", "inputs_embeds", "token_type_ids", "position_ids"
@@ -111,21 +114,25 @@ def _size(B):
 
 
 # -- one graph ------------------------------------------------------------------------------
-class _Graph:
+class Graph:
     """A forward of model, recorded for a bucket; `inputs` are like those of its calls."""
 
     def __init__(self, model, bucket, inputs, pool):
         device = model.device
-        B, S = bucket.B, bucket.S
         with torch.inference_mode(False), torch.no_grad():  # else only inference could write them
-            self.mask = torch.zeros(B, S, dtype=torch.bool, device=device)
-            self.inputs = {
-                name: torch.zeros(B, S, *width, dtype=dtype, device=device)
-                for name, dtype, width in bucket.inputs
-            }
-            static = Inputs(attention_mask=self.mask, **self.inputs)
-            self._write(inputs)
+            static = self._hold(bucket, inputs, device)
             self.replay, self.last = _record(lambda: model._encode(static)[0], pool, device)
+
+    def _hold(self, bucket, inputs, device):
+        """Inputs of the shape of a bucket, to be written to, with those of a call in them."""
+        B, S = bucket.B, bucket.S
+        self.mask = torch.zeros(B, S, dtype=torch.bool, device=device)
+        self.inputs = {
+            name: torch.zeros(B, S, *width, dtype=dtype, device=device)
+            for name, dtype, width in bucket.inputs
+        }
+        self._write(inputs)
+        return Inputs(attention_mask=self.mask, **self.inputs)
 
     def run(self, inputs):
         """last_hidden_state of a call [B, S, H]: a tensor of the caller's own."""
@@ -146,7 +153,7 @@ class _Graph:
         return B, S
 
 
-# The next four are all that is CUDA's own.
+# The next four are CUDA's own.
 def there_are(device):
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
@@ -175,7 +182,7 @@ def _record(forward, pool, device):
 
 
 @contextlib.contextmanager
-def _in_turn(done, device):
+def in_turn(done, device):
     """The GPU takes what is launched here after what was launched here before, in any stream: after
     the event `done`, if there is one. Gives the event that is recorded behind it."""
     with torch.cuda.device(device):
@@ -220,7 +227,7 @@ class Graphs:
     def _forget(self):
         self._finish_replays()
         self._done = None
-        self._graphs = collections.OrderedDict()  # Bucket -> _Graph, in the order of use
+        self._graphs = collections.OrderedDict()  # Bucket -> Graph, in the order of use
         self._seen = set()  # buckets that have run without a graph
         self._recorded = None  # what is the same in all graphs, as _burnt_in has it
         self._of_seen = None  # the Seen of the model when that was compared
@@ -259,7 +266,7 @@ class Graphs:
         self._graphs[bucket] = graph
         self._graphs.move_to_end(bucket)
         graph.used = self._calls
-        with _in_turn(self._done, graph.mask.device) as self._done:
+        with in_turn(self._done, graph.mask.device) as self._done:
             return graph.run(inputs)
 
     def check(self, model):
@@ -299,12 +306,15 @@ class Graphs:
             del self._graphs[oldest]
         return True
 
+    def _new_graph(self, model, bucket, inputs):
+        return Graph(model, bucket, inputs, self._pool)
+
     def _record(self, model, bucket, inputs):
         """last_hidden_state of a new graph; None where it could not be recorded."""
         try:
             with _recording:
                 self._pool = self._pool or _new_pool(model.device)
-                graph = _Graph(model, bucket, inputs, self._pool)
+                graph = self._new_graph(model, bucket, inputs)
             if self._recorded is None:
                 self._recorded = _burnt_in(model)
                 self._of_seen = seen(model)

@@ -25,8 +25,9 @@ from .frozen import drop_copies
 from .graphs import bucket_of, graphs_of
 from .inputs import Inputs, check
 from .kernels.dropout import new_seeds
-from .kernels.launch import directly
+from .kernels.launch import directly, is_recorded
 from .seen import forget
+from .training_graphs import training_graphs_of
 
 __all__ = [
     "BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction",
@@ -114,13 +115,19 @@ class _Encoder:
             if not torch.compiler.is_compiling():
                 drop_copies(self)
             return stock_forward(**inputs, **kwargs)
-        last = graphs.result(self, bucket, given, played) if bucket else None
+        of_training = training_graphs_of(self) if is_recorded() else None
+        if bucket:
+            last = graphs.result(self, bucket, given, played)
+        else:
+            last = of_training.forward(self, given, kwargs) if of_training else None
         if last is not None:
             return self._output(last, kwargs)
         try:
             return self._run_on_kernels(given, kwargs)
         except torch.OutOfMemoryError as error:
-            if not (graphs and graphs.drop(f"out of memory, {error}")):
+            why = f"out of memory, {error}"
+            dropped = [held.drop(why) for held in (graphs, of_training) if held]
+            if not any(dropped):
                 raise
         return self._run_on_kernels(given, kwargs)
 
@@ -138,15 +145,16 @@ class _Encoder:
         with directly(weight.device, [t for t in inputs if isinstance(t, torch.Tensor)]):
             return self._encode(inputs, wanted)
 
-    def _encode(self, inputs, wanted=False):
-        """(last_hidden_state, those before it if wanted, the cache) of a call that is covered."""
+    def _encode(self, inputs, wanted=False, static=None):
+        """(last_hidden_state, those before it if wanted, the cache) of a call that is covered.
+        static is as of Tokens."""
         architecture = self.architecture
         B, S = inputs.shape()
         device = at(self, architecture.embeddings.word).weight.device
-        tokens = _tokens(inputs.attention_mask, B, S, device)
+        tokens = _tokens(inputs.attention_mask, B, S, device, static)
         memory = inputs.encoder_hidden_states
         if memory is not None:
-            there = _tokens(inputs.encoder_attention_mask, B, memory.shape[1], device)
+            there = _tokens(inputs.encoder_attention_mask, B, memory.shape[1], device, static)
             memory = Memory(there.pack(memory), there)
         cache = inputs.past_key_values
         if cache is None and caches(self, inputs):
@@ -178,13 +186,14 @@ class _Encoder:
     def _apply(self, fn, recurse=True):  # of .to() and the like, where weights may move
         super()._apply(fn, recurse)
         forget(self)
-        if graphs := graphs_of(self):
-            graphs.check(self)
+        for held in filter(None, (graphs_of(self), training_graphs_of(self))):
+            held.check(self)
         return self
 
 
-def _tokens(mask, B, S, device):
-    return Tokens(mask if mask is None else mask.to(device), B, S, device)  # stock moves it too
+def _tokens(mask, B, S, device, static):
+    mask = mask if mask is None else mask.to(device)  # stock moves it too
+    return Tokens(mask, B, S, device, static)
 
 
 def _new_cache(config, crosses):

@@ -12,6 +12,7 @@ import transformers
 from . import frozen as frozen_weights
 from . import graphs
 from . import kernels as ops
+from . import training_graphs as graphs_of_training
 from .coverage import crosses, decodes, layers_of, reason_of_call, reason_of_model
 from .inputs import Inputs
 from .modeling import STOCK, calls_of, logger, put_on
@@ -22,7 +23,7 @@ REPLACED = "forward was replaced on the module, by torch.compile, Accelerate's h
 UNDO = "undo that (`del module.forward`, or accelerate.hooks.remove_hook_from_module(module))"
 
 
-def accelerate(model, cuda_graphs=None, frozen=None):
+def accelerate(model, cuda_graphs=None, frozen=None, training_graphs=None):
     """Put the kernels into every transformers.BertModel inside `model`, in place, and likewise into
     RobertaModel, XLMRobertaModel, CamembertModel, ElectraModel and DistilBertModel.
 
@@ -33,9 +34,11 @@ def accelerate(model, cuda_graphs=None, frozen=None):
     frozen       whether the weights will not be written to any more: on a CPU products then run on
                  a copy of them, which is faster for short inputs, as frozen.py says. None leaves it
                  as it is, which is off at first.
+    training_graphs  whether steps of training on a GPU are recorded and replayed likewise, as
+                 training_graphs.py says. None leaves it as it is, which is off at first.
 
     Returns model. Weights, names and outputs stay; a module's class becomes the bert_fast class of
-    its name. Of a model that has been accelerated the two options change where they are given, or a
+    its name. Of a model that has been accelerated the options change where they are given, or a
     log line says that there is nothing to do. A log line names an encoder whose forward somebody
     has replaced on the module, as the kernels are not asked there. Raises ValueError if there is
     nothing to accelerate in it, naming what was found, and TypeError for what is no module.
@@ -61,6 +64,8 @@ def accelerate(model, cuda_graphs=None, frozen=None):
             changed.append(graphs.turn(module, cuda_graphs))
         if frozen is not None:
             changed.append(frozen_weights.turn(module, frozen))
+        if training_graphs is not None:
+            changed.append(graphs_of_training.turn(module, training_graphs))
         changed.append(_uncover(module))
     for path, module in model.named_modules():
         if module in encoders and _hides_kernels(module):
@@ -129,6 +134,7 @@ def restore(model):
         if type(module) in ENCODERS:
             module.__dict__.pop("_bert_fast_calls", None)
             graphs.forget(module)
+            graphs_of_training.forget(module)
             frozen_weights.turn(module, False)
             forget(module)
         module.__class__ = STOCK[type(module)]
@@ -162,6 +168,8 @@ class Swapped:
     frozen: bool  # whether accelerate was told that the weights are
     cuda_graphs: int | None  # how many are recorded now; None where turned off, or no GPU is
     cuda_graphs_off: str | None  # why no more are recorded
+    training_graphs: int | None  # as cuda_graphs, of training; None where not turned on
+    training_graphs_off: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +206,12 @@ class Report:
                 print(f"    {count} calls on the stock forward: {reason}", file=out)
             if s.frozen:
                 print("    weights are frozen", file=out)
-            if s.cuda_graphs is not None:
-                why = f", off: {s.cuda_graphs_off}" if s.cuda_graphs_off else ""
-                print(f"    {s.cuda_graphs} CUDA graphs{why}", file=out)
+            for count, off, what in (
+                (s.cuda_graphs, s.cuda_graphs_off, "CUDA graphs"),
+                (s.training_graphs, s.training_graphs_off, "CUDA graphs of training"),
+            ):
+                if count is not None:
+                    print(f"    {count} {what}{f', off: {off}' if off else ''}", file=out)
         for path in self.stock:
             print(f"  {path or 'the model itself'}: stock, not accelerated", file=out)
         if a := self.attention:
@@ -228,7 +239,9 @@ def report(model):
             hidden = "forward replaced on the module" if _hides_kernels(module) else None
             reason = hidden or _reason_of_plain_call(module) or reason_of_model(module)
             calls = calls_of(module)
-            held = graphs.graphs_of(module) if graphs.there_are(weight.device) else None
+            on_gpu = graphs.there_are(weight.device)
+            held = graphs.graphs_of(module) if on_gpu else None
+            of_training = graphs_of_training.training_graphs_of(module) if on_gpu else None
             swapped.append(
                 Swapped(
                     path=path,
@@ -243,6 +256,8 @@ def report(model):
                     frozen=frozen_weights.is_frozen(module),
                     cuda_graphs=held and held.count,
                     cuda_graphs_off=held and held.off,
+                    training_graphs=of_training and of_training.count,
+                    training_graphs_off=of_training and of_training.off,
                 )
             )
         elif type(module) in ENCODERS.values():

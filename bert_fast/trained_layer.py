@@ -3,7 +3,8 @@
 It launches what layer_forward of encoder.py does, with the same bits. But autograd takes 28 us for
 each function that is written in Python, and more for what it puts between them: here gradients of
 query, key and value come as they are and not stacked, those of their weights by one product, and
-what a residual hands back is added by the product beside it, which rounds once.
+what a residual hands back is added by the product beside it, which rounds once. Where T stays on
+the device, rows past it hold anything, in gradients too: nobody reads them.
 
     a = dropout(o Wo^T + bo) + x        o = attention(x Wq^T + bq, x Wk^T + bk, x Wv^T + bv)
     f = dropout(h Wd^T + bd) + m        h = gelu(m Wu^T + bu)        m = LayerNorm(a)
@@ -18,7 +19,7 @@ import torch
 
 from . import kernels as ops
 from .kernels.launch import directly, once_differentiable
-from .kernels.linear import matmul
+from .kernels.linear import product_gradients
 
 
 class Settings(NamedTuple):
@@ -26,6 +27,7 @@ class Settings(NamedTuple):
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    num_tokens: torch.Tensor | None  # as Tokens has it
     causal: bool
     head_size: int
     scale: float
@@ -78,20 +80,20 @@ class _Layer(torch.autograd.Function):
         p = Parameters(*(t.to(s.dtype or x.dtype) for t in parameters[:LINEARS]),
                        *parameters[LINEARS:])  # fmt: skip
         narrow_x = x.to(s.dtype or x.dtype)
-        y = ops.qkv(narrow_x, *p[:6])
+        y = ops.qkv(narrow_x, *p[:6], num_tokens=s.num_tokens)
         drop, seed = s.of_probabilities
         o = ops.attention(
             *_of_heads(y, s.head_size), s.cu_seqlens, s.max_seqlen,
-            causal=s.causal, scale=s.scale, dropout_p=drop, seed=seed,
+            causal=s.causal, scale=s.scale, dropout_p=drop, seed=seed, num_tokens=s.num_tokens,
         ).flatten(1)  # fmt: skip
         a = _summands(o, p.out, p.out_bias, x, s.after_attention, s)
-        m = ops.layer_norm(a[0], p.norm, p.norm_bias, a[1], s.eps[0])
+        m = ops.layer_norm(a[0], p.norm, p.norm_bias, a[1], s.eps[0], s.num_tokens)
         narrow_m = m.to(s.dtype or m.dtype)
-        h = ops.linear(narrow_m, p.up, p.up_bias, "gelu")
+        h = ops.linear(narrow_m, p.up, p.up_bias, "gelu", num_tokens=s.num_tokens)
         f = _summands(h, p.down, p.down_bias, m, s.after_feed_forward, s)
         ctx.save_for_backward(narrow_x, y, o, *a, narrow_m, h, *f, *p)
         ctx.settings = s
-        return ops.layer_norm(f[0], p.last_norm, p.last_norm_bias, f[1], s.eps[1])
+        return ops.layer_norm(f[0], p.last_norm, p.last_norm_bias, f[1], s.eps[1], s.num_tokens)
 
     @staticmethod
     @once_differentiable
@@ -104,9 +106,10 @@ def _summands(x, weight, bias, residual, dropout, s):
     """(what LayerNorm normalises, and what it adds first or None)"""
     p, seed = dropout
     wide = s.dtype is not None
-    y = ops.linear(x, weight, bias, residual=None if p or wide else residual)
+    added = None if p or wide else residual
+    y = ops.linear(x, weight, bias, residual=added, num_tokens=s.num_tokens)
     if p:
-        y = ops.dropout(y, p, seed, None if wide else residual)
+        y = ops.dropout(y, p, seed, None if wide else residual, s.num_tokens)
     return (residual, y) if wide else (y, None)
 
 
@@ -117,23 +120,23 @@ def _of_heads(y, head_size):
 
 
 def _backward(dy, s, x, y, o, a, a_added, m, h, f, f_added, *parameters):
-    p, dtype = Parameters(*parameters), dy.dtype
-    df, *of_last_norm = ops.layer_norm_backward(dy, f, p.last_norm, f_added, s.eps[1])
-    dh, *of_down = _of_product(_dropped(df, s.after_feed_forward, s), h, p.down)
-    dz = torch.ops.aten.gelu_backward(dh, ops.linear(m, p.up, p.up_bias))
+    p, dtype, n = Parameters(*parameters), dy.dtype, s.num_tokens
+    df, *of_last_norm = ops.layer_norm_backward(dy, f, p.last_norm, f_added, s.eps[1], n)
+    dh, *of_down = product_gradients(_dropped(df, s.after_feed_forward, s), h, p.down, n)
+    dz = torch.ops.aten.gelu_backward(dh, ops.linear(m, p.up, p.up_bias, num_tokens=n))
     del dh  # this and dz are the largest
-    dm, *of_up = _of_product(dz, m, p.up, df)
+    dm, *of_up = product_gradients(dz, m, p.up, n, df)
     del dz
-    da, *of_norm = ops.layer_norm_backward(dm, a, p.norm, a_added, s.eps[0])
-    do, *of_out = _of_product(_dropped(da, s.after_attention, s), o, p.out)
+    da, *of_norm = ops.layer_norm_backward(dm, a, p.norm, a_added, s.eps[0], n)
+    do, *of_out = product_gradients(_dropped(da, s.after_attention, s), o, p.out, n)
     drop, seed = s.of_probabilities
     q, k, v = _of_heads(y, s.head_size)
     of_heads = ops.attention_backward(
         do.view(q.shape), q, k, v, s.cu_seqlens, s.max_seqlen,
         causal=s.causal, scale=s.scale, dropout_p=drop, seed=seed,
     )  # fmt: skip
-    d = torch.cat([t.flatten(1) for t in of_heads], 1)
-    dx, dweight, dbias = _of_product(d, x, torch.cat((p.query, p.key, p.value)), da)
+    d, weight = torch.cat([t.flatten(1) for t in of_heads], 1), torch.cat((p.query, p.key, p.value))
+    dx, dweight, dbias = product_gradients(d, x, weight, n, da)
     of_qkv = [t for pair in zip(dweight.chunk(3), dbias.chunk(3)) for t in pair]
     of_linears = [t.to(dtype) for t in (*of_qkv, *of_out, *of_up, *of_down)]
     return dx, None, *of_linears, *of_norm, *of_last_norm
@@ -142,14 +145,4 @@ def _backward(dy, s, x, y, o, a, a_added, m, h, f, f_added, *parameters):
 def _dropped(d, dropout, s):
     p, seed = dropout
     d = d.to(s.dtype or d.dtype)
-    return ops.dropout(d, p, seed) if p else d
-
-
-def _of_product(dy, x, weight, residual=None):
-    """The gradients of x W^T + b: of x, with what came by another way, of weight and of bias."""
-    if residual is not None and residual.dtype == dy.dtype and dy.device.type == "cuda":
-        dx = torch.addmm(residual, dy, weight)
-    else:
-        dx = matmul(dy, weight)
-        dx = dx if residual is None else residual + dx
-    return dx, matmul(dy.mT, x), dy.sum(0)
+    return ops.dropout(d, p, seed, num_tokens=s.num_tokens) if p else d

@@ -29,13 +29,16 @@ else:
     from .packing import PACK, UNPACK, Packing, pack, unpack
     from .qkv import SPEC as QKV
     from .qkv import qkv
+    from .weight_gradient import SPEC as WEIGHT_GRADIENT
+    from .weight_gradient import weight_gradient
 
     SPECS = (
         ATTENTION, ATTENTION_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD, GELU, DROPOUT, LINEAR,
-        QKV, EMBEDDING, PACK, UNPACK,
+        WEIGHT_GRADIENT, QKV, EMBEDDING, PACK, UNPACK,
     )  # fmt: skip
 
 __all__ = [
     "SPECS", "Packing", "attention", "attention_backward", "backend", "dropout", "embedding",
     "gelu", "layer_norm", "layer_norm_backward", "linear", "missing", "pack", "qkv", "unpack",
+    "weight_gradient",
 ]

@@ -188,9 +188,7 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx, dy):
         seed, num_tokens = ctx.saved_tensors
         dx = _dropout(dy, ctx.p, seed, None, num_tokens)
-        if num_tokens is not None:  # others are added to what is past it
-            tokens = (torch.arange(dy.shape[0], device=dy.device) < num_tokens)[:, None]
-            dx, dy = dx.where(tokens, 0.0), dy.where(tokens, 0.0)
+        dx, dy = (launch.zeros_past(num_tokens, d) for d in (dx, dy))
         return dx, None, None, dy if ctx.residual else None, None
 
 

@@ -42,6 +42,7 @@ MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU; older ones lack bf16 tensor cores a
 LIB = torch.library.Library("bert_fast", "FRAGMENT")
 _ready = set()  # devices that kernels run on: to ask takes 1 us
 KERNELS = {}  # the Triton form of each op by name, for checks that compile it without a GPU
+COMPOSED = {}  # those that are other ops on every device, likewise
 WARP_SIZE = 64 if torch.version.hip else 32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take; all accumulate in fp32
 
@@ -211,13 +212,11 @@ def one_device(op, args):
 
 
 def define_plain(schema, outputs, plain):
-    """Register an op that is PyTorch on every device: the backwards that have no kernel yet.
-
-    They wait for the GPU where they ask how many tokens there are, so torch.compile must not
-    record them in a CUDA graph.
-    """
+    """Register an op that is PyTorch, and other ops, on every device: backwards without a kernel of
+    their own. On a GPU they do not ask how many tokens there are, which would wait for it."""
     name = schema.partition("(")[0]
-    LIB.define(schema, tags=(torch.Tag.cudagraph_unsafe,))
+    COMPOSED[name] = plain
+    LIB.define(schema)
     LIB.impl(name, plain, "CompositeExplicitAutograd")
     _without_autocast(name, "cpu")
     _without_autocast(name, "cuda")
@@ -278,6 +277,15 @@ def pad_rows(t, M):
     if t.shape[0] < M:
         out[len(t) :] = 0
     return out
+
+
+def zeros_past(num_tokens, t):
+    """t [T, ...] with zeros from row num_tokens on, if that is not None: a gradient as above, where
+    nobody is to wait for their number."""
+    if num_tokens is None:
+        return t
+    past = torch.arange(t.shape[0], device=t.device) >= num_tokens
+    return t.masked_fill(past.view(-1, *[1] * (t.ndim - 1)), 0.0)
 
 
 # -- launches -------------------------------------------------------------------------------

@@ -19,8 +19,9 @@ CPU        With AVX-512, oneDNN on the weight as it lies: torch's own linear giv
            In fp32 without AVX-512, torch's own: oneDNN takes 1.0 to 1.2 times as long, and its
            GELU more. 16 bits without instructions for them are multiplied in fp32.
 Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over rows, dresidual = dy.
-           Products of torch in the dtype of x, dz rounded to it. Where act is GELU, z is computed
-           again instead of kept: one more product, a third of the largest activation less.
+           Products of torch in the dtype of x, dz rounded to it; with num_tokens, which torch's
+           cannot read, this kernel on W as it lies, and weight_gradient. Where act is GELU, z is
+           computed again instead of kept: one more product, a third of the largest activation less.
 Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The kernel is the plain
            tiled product: a program for each tile of y, its K loop pipelined by the compiler. For
            many tiles, where there are tensor descriptors, its persistent form: a program for each
@@ -38,6 +39,7 @@ from .gelu import act_of, gelu_ref
 from .launch import DTYPES, TensorDescriptor, ceil_div, once_differentiable, show, tl, triton
 from .pointwise import factor_of, gelu_erf
 from .spec import Spec
+from .weight_gradient import weight_gradient
 
 
 # -- reference ------------------------------------------------------------------------------
@@ -203,12 +205,13 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _persistent_kernel(
     x,  # descriptor of [T, K] in tiles of [BLOCK_M, BLOCK_K]
-    weight,  # descriptor of [N, K] in tiles of [BLOCK_N, BLOCK_K]
+    weight,  # descriptor of [N, K] in tiles of [BLOCK_N, BLOCK_K]; by columns, of both turned round
     bias_ptr, residual_ptr, num_tokens_ptr, y_ptr,  # as above
     stride_rt,
     T, N, K,
     ACT: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """Program n takes tiles n, n + programs, ... of y, in the order above. Loads of the next one
@@ -225,8 +228,11 @@ def _persistent_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start_k in range(0, K, BLOCK_K):
             of_x = factor_of(x.load([start_m, start_k]), PRECISION)
-            of_weight = factor_of(weight.load([start_n, start_k]), PRECISION)
-            acc = tl.dot(of_x, of_weight.T, acc, input_precision=PRECISION)
+            if BY_COLUMNS:
+                of_weight = weight.load([start_k, start_n])
+            else:
+                of_weight = weight.load([start_n, start_k]).T
+            acc = tl.dot(of_x, factor_of(of_weight, PRECISION), acc, input_precision=PRECISION)
         _finish(
             acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
             start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N,
@@ -339,25 +345,31 @@ def by_columns(T, precision, BLOCK_N, *weights):
     """(weights, stride, whether by columns) of weights [N, K] for a product with T rows, all alike.
 
     By columns they are [K, N], with room up to whole tiles, which is read, and no matter what it
-    holds. Exact products of fp32 want it so on NVIDIA's GPUs: their threads share a row of x, and
-    each reads other columns of weight. As rows of shared memory these lie in one and the same bank,
-    as the compiled layouts say; an H200 took 3.5 times as long as cuBLAS so. By columns it has not
-    been measured."""
+    holds. Those that lie so stay so: a gradient's weight is that of its forward, transposed. Exact
+    products of fp32 want it on NVIDIA's GPUs: their threads share a row of x, and each reads other
+    columns of weight. As rows of shared memory these lie in one and the same bank, as the compiled
+    layouts say; an H200 took 3.5 times as long as cuBLAS so. By columns: not yet measured."""
     first = weights[0]
-    exact = is_exact(first.itemsize, precision) and isinstance(launch.arch(), int)
-    if not exact or T < COLUMNS_FROM:
-        return weights, first.stride(0), False
     N, K = first.shape
     columns = ceil_div(N, BLOCK_N) * BLOCK_N
+    if _lies_by_columns(first) and columns == N:
+        return weights, first.stride(1), True
+    exact = is_exact(first.itemsize, precision) and isinstance(launch.arch(), int)
+    if not exact or T < COLUMNS_FROM:
+        weights = [launch.rows(w)[0] for w in weights]
+        return weights, weights[0].stride(0), False
     laid = [w.new_empty(K, columns) for w in weights]
     for new, w in zip(laid, weights):
         new[:, :N] = w.mT
     return laid, columns, True
 
 
+def _lies_by_columns(weight):
+    return weight.stride(0) == 1 != weight.stride(1)
+
+
 def _forward(y, x, weight, bias, activation, residual, num_tokens):
     x, stride_xt = launch.rows(x)
-    weight, stride_wn = launch.rows(weight)
     residual, stride_rt = launch.rows(residual)
     (T, K), N = x.shape, weight.shape[0]
     precision = launch.precision(x)
@@ -371,15 +383,18 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     bias = None if bias is None else bias.contiguous()
     tiles = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
     exact = is_exact(x.itemsize, precision)
-    if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (weight, stride_wn)):
+    turned = _lies_by_columns(weight)
+    stored, stride_w = launch.rows(weight.mT if turned else weight)
+    if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (stored, stride_w)):
         M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
         launch.start(
             _persistent_kernel, min(tiles, _places(*gpu, x.itemsize, **config)),
             TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
-            TensorDescriptor(weight, (N, K), (stride_wn, 1), (N_, K_)),
-            bias, residual, num_tokens, y, stride_rt, T, N, K, **shared,
+            TensorDescriptor(stored, stored.shape, (stride_w, 1), (K_, N_) if turned else (N_, K_)),
+            bias, residual, num_tokens, y, stride_rt, T, N, K, BY_COLUMNS=turned, **shared,
         )  # fmt: skip
     elif tiles:
+        weight = stored.mT if turned else stored
         (weight,), stride_w, is_by_columns = by_columns(T, precision, config["BLOCK_N"], weight)
         launch.start(
             _forward_kernel, tiles,
@@ -500,23 +515,39 @@ def prepacked_linear(x, packed, bias, activation=None, residual=None):
     return _onednn(wide_x, packed, bias, activation, residual).to(x.dtype)
 
 
-def matmul(a, b):
+def _matmul(a, b):
     wide_a, wide_b = launch.for_products(a, b)
     return (wide_a @ wide_b).to(a.dtype)
 
 
+def product_gradients(
+    dz, x, weight, num_tokens=None, residual=None, needs_x=True, needs_weight=True
+):
+    """(dx, dweight, dbias) of z = x W^T + b; residual, what x gets by another way, is part of dx.
+    Rows of dx past num_tokens are whatever they are. What is not needed is empty."""
+    dx = dweight = x.new_empty(0)
+    if needs_x:
+        # Under autocast a residual may be wider. A CPU takes longer for both at once.
+        wide = residual is not None and (residual.dtype != dz.dtype or dz.device.type == "cpu")
+        added = None if wide else residual
+        if num_tokens is not None:
+            dx = _linear(dz, weight.mT, None, None, added, num_tokens)
+        else:
+            dx = _matmul(dz, weight) if added is None else torch.addmm(added, dz, weight)
+        dx = residual + dx if wide else dx
+    if num_tokens is not None and needs_weight:
+        return dx, *weight_gradient(dz, x, num_tokens)
+    if needs_weight:
+        dweight = _matmul(dz.mT, x)
+    return dx, dweight, launch.zeros_past(num_tokens, dz).sum(0)
+
+
 def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
-    T = x.shape[0]
-    dy, x = launch.head(num_tokens, dy, x)
-    dz = dy
     if activation:
-        z = _linear(x, weight, bias, None, None, None)
-        dz = torch.ops.aten.gelu_backward(dy, z)  # in fp32 inside
-    return (
-        launch.pad_rows(matmul(dz, weight), T) if needs_x else x.new_empty(0),
-        matmul(dz.mT, x) if needs_weight else x.new_empty(0),
-        dz.sum(0),
-    )
+        z = _linear(x, weight, bias, None, None, num_tokens)
+        dy = torch.ops.aten.gelu_backward(dy, z)  # in fp32 inside
+    dx, *others = product_gradients(dy, x, weight, num_tokens, None, needs_x, needs_weight)
+    return launch.zeros_past(num_tokens if needs_x else None, dx), *others
 
 
 # -- registration ---------------------------------------------------------------------------
@@ -540,6 +571,14 @@ _linear_backward = launch.define_plain(
 )
 
 
+def linear_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
+    """(dx, dweight, dbias) of linear; what is not needed is empty, but for dbias."""
+    # The op is for torch.compile, which is to see none of it, and against autocast.
+    hides = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    backward = _linear_backward if hides or num_tokens is not None else _plain_backward
+    return backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, activation, residual, num_tokens):
@@ -553,16 +592,10 @@ class _Linear(torch.autograd.Function):
         x, weight, bias, num_tokens = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _, needs_residual, _ = ctx.needs_input_grad
         args = (dy, x, weight, bias, ctx.activation, num_tokens, needs_x, needs_weight)
-        # The op is for torch.compile, which is to see none of it, and against autocast.
-        hides = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        backward = _linear_backward if hides or num_tokens is not None else _plain_backward
-        dx, dweight, dbias = backward(*args)
+        dx, dweight, dbias = linear_backward(*args)
         dresidual = None
         if needs_residual:
-            dresidual = dy
-            if num_tokens is not None:
-                past = torch.arange(len(dy), device=dy.device) >= num_tokens
-                dresidual = dy.masked_fill(past[:, None], 0.0)
+            dresidual = launch.zeros_past(num_tokens, dy)
         return (
             dx if needs_x else None,
             dweight if needs_weight else None,
@@ -610,13 +643,15 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
 
 # -- spec -----------------------------------------------------------------------------------
 def _inputs(
-    dtype, device, T, K, N, bias=True, gelu=False, residual=False, scale=1.0, num_tokens=None
+    dtype, device, T, K, N, bias=True, gelu=False, residual=False, scale=1.0, by_columns=False,
+    num_tokens=None,
 ):
     if num_tokens is not None:
         num_tokens = torch.tensor([num_tokens], dtype=torch.int32, device=device)
+    weight = (torch.randn(N, K, device=device) / max(K, 1) ** 0.5).to(dtype)
     return {
         "x": (scale * torch.randn(T, K, device=device)).to(dtype),
-        "weight": (torch.randn(N, K, device=device) / max(K, 1) ** 0.5).to(dtype),
+        "weight": weight.mT.contiguous().mT if by_columns else weight,
         "bias": torch.randn(N, device=device).to(dtype) if bias else None,
         "activation": "gelu" if gelu else None,
         "residual": (scale * torch.randn(T, N, device=device)).to(dtype) if residual else None,
@@ -657,6 +692,7 @@ SPEC = Spec(
         {"T": 131, "K": 128, "N": 130, "residual": True},  # tiles of three rows, of two columns
         {"T": 257, "K": 16, "N": 257, "bias": False},
         {"T": 513, "K": 70, "N": 21},  # enough for a weight by columns
+        {"T": 67, "K": 72, "N": 256, "by_columns": True, "residual": True},  # which is not copied
         {"T": 9, "K": 40, "N": 24, "gelu": True, "residual": True, "bias": False},
         {"T": 3, "K": 3072, "N": 7},
         {"T": 1, "K": 1, "N": 1},
@@ -676,6 +712,7 @@ SPEC = Spec(
         {"T": 2**20 + 3, "K": 64, "N": 2**11, "residual": True},
         {"T": 64, "K": 2**12, "N": 2**20 + 3},  # weight
         {"T": 513, "K": 2**12, "N": 2**20 + 3},  # in fp32 by columns
+        {"T": 64, "K": 2**12 + 3, "N": 2**20, "by_columns": True},
     ),
     bench=(
         {"T": 16384, "K": BASE, "N": BASE, "residual": True},
@@ -687,6 +724,7 @@ SPEC = Spec(
         {"T": 128, "K": BASE, "N": 4 * BASE, "gelu": True},
         {"T": 128, "K": 4 * BASE, "N": BASE, "residual": True},
         {"T": 16384, "K": BASE, "N": 4 * BASE, "gelu": True, "num_tokens": 16384},
+        {"T": 16384, "K": 4 * BASE, "N": BASE, "residual": True, "by_columns": True},  # a gradient
     ),
     rejects={
         "x must be fp32, fp16 or bf16 [T, K], got float32[8]": {"x": torch.ones(8)},

@@ -7,7 +7,7 @@ Precision  As linear's. A number of y has the bits that linear gives it.
 Batches    As linear's.
 CPU        Three products of linear's.
 Backward   dx = sum over i of dy_i W_i, as one product over 3 N; dW_i = dy_i^T x, db_i = sum of dy_i
-           over rows. Products of torch in the dtype of x.
+           over rows. As linear's, of the three weights one below the other.
 Source     Vaswani et al., Attention Is All You Need, 2017, section 3.2.2. Checkpoints have three
            weights; side by side in one tensor they would be a copy, which ages, or parameters that
            share a storage, which tools that save them take for one.
@@ -18,7 +18,15 @@ from torch.nn import functional as F
 
 from . import launch
 from .launch import DTYPES, ceil_div, once_differentiable, show, tl, triton
-from .linear import by_columns, linear_ref, matmul, onednn_takes, plain_rows, product, tile_of
+from .linear import (
+    by_columns,
+    linear_backward,
+    linear_ref,
+    onednn_takes,
+    plain_rows,
+    product,
+    tile_of,
+)
 from .spec import Spec
 
 
@@ -118,20 +126,6 @@ def _plain(x, qw, qb, kw, kb, vw, vb, num_tokens):
     return y
 
 
-def _plain_backward(dy, x, qw, kw, vw, num_tokens, needs_x, needs_weights):
-    T = x.shape[0]
-    dy, x = launch.head(num_tokens, dy, x)
-    dx, of_parts = x.new_empty(0), []
-    if needs_x:
-        dx = launch.pad_rows(matmul(dy.flatten(1), torch.cat((qw, kw, vw))), T)
-    for part in dy.unbind(1):
-        if needs_weights:
-            of_parts += matmul(part.mT, x), part.sum(0)
-        else:
-            of_parts += x.new_empty(0), x.new_empty(0)
-    return dx, *of_parts
-
-
 # -- registration ---------------------------------------------------------------------------
 def _empty(x, weight, *_):
     """Each y_i is contiguous: three products of a CPU take as long as one so, and not else."""
@@ -148,24 +142,6 @@ _qkv = launch.define(
 )
 
 
-def _outputs_of_backward(dy, x, qw, kw, vw, num_tokens, needs_x, needs_weights):
-    of_parts = []
-    for weight in (qw, kw, vw):
-        shapes = (weight.shape, weight.shape[:1]) if needs_weights else (0, 0)
-        of_parts += [x.new_empty(shape) for shape in shapes]
-    return x.new_empty(x.shape if needs_x else 0), *of_parts
-
-
-_qkv_backward = launch.define_plain(
-    "qkv_backward(Tensor dy, Tensor x, Tensor query_weight, Tensor key_weight,"
-    " Tensor value_weight, Tensor? num_tokens, bool needs_x, bool needs_weights) -> (Tensor dx,"
-    " Tensor dquery_weight, Tensor dquery_bias, Tensor dkey_weight, Tensor dkey_bias,"
-    " Tensor dvalue_weight, Tensor dvalue_bias)",
-    outputs=_outputs_of_backward,
-    plain=_plain_backward,
-)
-
-
 class _QKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, qw, qb, kw, kb, vw, vb, num_tokens):
@@ -175,14 +151,16 @@ class _QKV(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, *others, num_tokens = ctx.saved_tensors
+        x, *weights, num_tokens = ctx.saved_tensors
         needs_x, *needs_parts, _ = ctx.needs_input_grad
-        # The op is for torch.compile, which is to see none of it, and against autocast.
-        hides = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        backward = _qkv_backward if hides or num_tokens is not None else _plain_backward
-        grads = backward(dy, x, *others, num_tokens, needs_x, any(needs_parts))
-        needs = needs_x, *needs_parts
-        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None
+        dx, dweight, dbias = linear_backward(
+            dy.flatten(1), x, torch.cat(weights), None, None, num_tokens, needs_x, any(needs_parts)
+        )
+        of_parts = [None] * 6
+        if any(needs_parts):
+            of_parts = [t for part in zip(dweight.chunk(3), dbias.chunk(3)) for t in part]
+        grads = zip((dx, *of_parts), (needs_x, *needs_parts), strict=True)
+        return *(g if needed else None for g, needed in grads), None
 
 
 # -- public op ------------------------------------------------------------------------------

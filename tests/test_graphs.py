@@ -62,7 +62,7 @@ def a_stand_in(monkeypatch):
         monkeypatch.setattr(graphs, "_new_pool", lambda device: object())
         monkeypatch.setattr(graphs, "_record", record_steps)
         monkeypatch.setattr(encoder, "_stays_on_device", lambda device: True)
-        monkeypatch.setattr(graphs, "_in_turn", lambda *_: contextlib.nullcontext())
+        monkeypatch.setattr(graphs, "in_turn", lambda *_: contextlib.nullcontext())
 
 
 def pair(name="BertModel", **changes):
@@ -161,7 +161,7 @@ def test_nothing_is_freed_before_the_last_replay_has_finished(what, monkeypatch)
             weights = [p.data_ptr() for p in model.parameters()]
             waited.append((graphs_of_model.count, weights))
 
-    monkeypatch.setattr(graphs, "_in_turn", lambda *_: contextlib.nullcontext(Event()))
+    monkeypatch.setattr(graphs, "in_turn", lambda *_: contextlib.nullcontext(Event()))
     monkeypatch.setattr(graphs, "LIMIT", 1)
     monkeypatch.setattr(graphs, "STALE", 0)
     _, model = pair()

@@ -164,7 +164,8 @@ def test_tf32_is_allowed_as_torch_has_it_whoever_set_it(where, monkeypatch):
 
 @pytest.mark.parametrize("spec, case", cases(first=2, packed=True))
 def test_rows_past_num_tokens_are_neither_read_nor_written(spec, case):
-    """And their gradients are zeros, as autograd adds others to them."""
+    """And their gradients are zeros, as autograd adds others to them. Those of products are of
+    torch's where the number of rows is known, and so not the same bits."""
     inputs = inputs_of(spec, case)
     expected = results(spec, spec.fn, inputs)
     for fill in (torch.nan, 0):  # read, the first would show; written, what the second gives
@@ -172,7 +173,9 @@ def test_rows_past_num_tokens_are_neither_read_nor_written(spec, case):
         ours = results(spec, spec.fn, further, dout_rows=len(expected["output"]))
         assert ours.keys() == expected.keys()
         for name, result in ours.items():
-            assert torch.equal(result[: len(expected[name])], expected[name]), name
+            apart = 0.0 if name == "output" or not spec.rounds_backward else 1e-4
+            rows = result[: len(expected[name])]
+            torch.testing.assert_close(rows, expected[name], rtol=0, atol=apart)
             past = result[len(expected[name]) :]
             assert past.isnan().all() if name == "output" else not past.any(), name
 
