@@ -191,7 +191,7 @@ def _compiled(problem, mode=None):
 
 def _ours(problem, **options):
     on_gpu = problem.subject.device.type == "cuda"
-    if "cuda_graphs" in options and not on_gpu:
+    if not on_gpu and options.keys() & {"cuda_graphs", "training_graphs"}:
         raise Skip("CUDA graphs are for GPUs")
     if "frozen" in options and on_gpu:
         raise Skip("frozen weights make no difference on a GPU")
@@ -288,7 +288,9 @@ class Model:
 
     name: str
     forward: Callable  # problem -> forward(input_ids, attention_mask)
+    infers: bool = True
     trains: bool = False
+    warm_ups: int = 0  # steps before the one whose gradients are checked
     drops: bool = True  # probabilities too, where modules have a dropout
     slow: bool = False
 
@@ -311,8 +313,14 @@ MODELS = (
     Model("torch.compile max-autotune", partial(_compiled, mode="max-autotune"), slow=True),
     Model("ours, without graphs", partial(_ours, cuda_graphs=False)),
     Model("ours, frozen", partial(_ours, frozen=True)),
+    Model(
+        "ours, training graphs", partial(_ours, training_graphs=True),
+        infers=False, trains=True, warm_ups=2,
+    ),
     Model("ours", _ours, trains=True),
-)
+)  # fmt: skip
 SDPA, OURS = (next(m for m in MODELS if m.name == name) for name in ("stock sdpa", "ours"))
 ONNXRUNTIME = Contender("onnxruntime", _onnxruntime, at_tokens)
-INFERENCE = (*(m.inference() for m in MODELS[:-1]), ONNXRUNTIME, OURS.inference())
+INFERENCE = (
+    *(m.inference() for m in MODELS if m.infers and m is not OURS), ONNXRUNTIME, OURS.inference()
+)  # fmt: skip

@@ -45,14 +45,18 @@ TESTS = tuple(
     for name in (
         "ops", "attention", "linear", "modeling", "waits", "graphs", "swap", "architectures",
         "decoder", "attention_interface", "dropout", "autocast", "checkpointing",
-        "variants",  # last: what has not run on a GPU yet may stay there
+        # Last: what has not run on a GPU yet may stay there.
+        "variants", "trained_layer", "training_graphs",
     )
 )  # fmt: skip
 OPS = tuple(spec.name for spec in SPECS if not spec.gradient)
 HEAD = (
     "base squad-384", "base full-128x128", "base full-512", "large full-384x43", "base batch-1",
 )  # fmt: skip
-BRIEF = ("FlashAttention unpadded", "stock sdpa, CUDA graphs", "ours, without graphs", "ours")
+BRIEF = (
+    "FlashAttention unpadded", "stock sdpa, CUDA graphs", "ours, without graphs",
+    "ours, training graphs", "ours",
+)  # fmt: skip
 STAGES = (  # what is measured, in this order: dtype, models or ops, how many cases of an op
     ("bfloat16", HEAD, None),
     ("float32", ("base squad-384",), None),

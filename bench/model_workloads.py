@@ -257,7 +257,8 @@ def _training(of, dropout=0.0):
                         optimizer.step()
 
             def checked():
-                run()
+                for _ in range(1 + of.warm_ups):
+                    run()
                 return _gradients(model)
 
             return run if batches is problem.timed else checked

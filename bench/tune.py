@@ -308,7 +308,7 @@ def tune(results, clock, device, end, path, specs=SPECS, dtypes=DTYPES):
 
 
 def _tune(results, clock, device, end, path, todo, ahead):
-    chosen, tried = defaultdict(dict), []
+    chosen, tried, cut = defaultdict(dict), [], set()
     for n, (which, (default, fixed, where, dtype)) in enumerate(todo):
         for key, (start, kept, cases, its_dtype) in todo[n : n + 1 + KEYS_AHEAD]:
             ahead.ask(key, cases[:CASES], its_dtype, (start, *neighbours(start, kept)))
@@ -323,6 +323,9 @@ def _tune(results, clock, device, end, path, todo, ahead):
             time_of = time_on(problems, which, clock, 0.05, ahead, deadline)
             ask = functools.partial(ahead.ask, which, where[:CASES], dtype)
             best, record = climb(default, fixed, time_of, deadline, ahead=ask)
+            if time.monotonic() > deadline and which not in cut:
+                cut.add(which)  # once more after the others, which may leave it some time
+                todo.append(todo[n])
             if best != default and gain(problems, which, default, best, clock, 0.2) * GAIN < 1:
                 best = default
                 for entry in record:
@@ -331,13 +334,15 @@ def _tune(results, clock, device, end, path, todo, ahead):
         except (Skip, ValueError, torch.OutOfMemoryError) as error:  # the default cannot run
             best, record = default, [_tried(default, None, "refused", one_line(error))]
         ahead.drop(which)
+        tried = [entry for entry in tried if (entry["op"], entry["key"]) != which]
         tried += [{"op": which[0], "key": which[1], **entry} for entry in record]
+        chosen[which[0]].pop(which[1], None)
         if best != default:
             chosen[which[0]][which[1]] = best
         if best != default or path.exists():
             write_table(path, results.content["device"]["name"], chosen, lost=which)
         results.add(tune=tried)
-    return dict(chosen)
+    return {op: keys for op, keys in chosen.items() if keys}
 
 
 def write_table(path, gpu, tables, lost=(None, None)):

@@ -64,18 +64,19 @@ class _Graph(graphs.Graph):
         self.parameters, self.flat = parameters, flat
         self.is_used = ()  # whether each parameter has a gradient
         grads = _parts(flat, parameters)
+        encode, leaves = _on_leaves_of_its_own(model, parameters)
         with torch.inference_mode(False):
             static = self._hold(bucket, inputs, flat.device)
             shape = bucket.B, bucket.S, model.config.hidden_size
             self.dlast = torch.zeros(shape, dtype=flat.dtype, device=flat.device)
 
             def forward():
-                return model._encode(static, static=True)[0]
+                return encode(static)
 
             def backward(last):
                 # Kept, as it may run again: else what it has read makes room for what it computes.
                 found = torch.autograd.grad(
-                    last, parameters, self.dlast, retain_graph=True, allow_unused=True
+                    last, leaves, self.dlast, retain_graph=True, allow_unused=True
                 )
                 self.is_used = tuple([d is not None for d in found])
                 used = [(to, d) for to, d in zip(grads, found) if d is not None]
@@ -94,6 +95,30 @@ class _Graph(graphs.Graph):
         self.replay_backward()
         grads = _parts(self.flat.clone(), self.parameters)
         return [d if used else None for d, used in zip(grads, self.is_used)]
+
+
+class _Encoding(torch.nn.Module):
+    """The encoder's forward as that of a module, as functional_call wants it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        return self.model._encode(inputs, static=True)[0]
+
+
+def _on_leaves_of_its_own(model, parameters):
+    """(forward of Inputs, tensors in place of the parameters there, in the same memory).
+
+    autograd keeps with a leaf the stream in which it first met it, as long as any output of it is
+    alive, and makes streams wait for each other where a backward comes to the leaf. That of a step
+    before, whose loss is still at hand, is no stream of a recording, which would fail for it."""
+    names = {id(p): f"model.{name}" for name, p in model.named_parameters()}
+    leaves = [p.detach().requires_grad_() for p in parameters]
+    given = {names[id(p)]: leaf for p, leaf in zip(parameters, leaves)}
+    encoding = _Encoding(model)
+    return lambda inputs: torch.func.functional_call(encoding, given, (inputs,)), leaves
 
 
 def _parts(flat, tensors):

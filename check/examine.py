@@ -196,6 +196,9 @@ def nearest_tf32(t):
     return (t.contiguous().view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
 
 
+ALL_ONES = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # NaN that rounds to zero
+
+
 def of_tf32(spec, case):
     """Where torch may multiply in TF32, an op does, and errs as its definition does so: half as
     far again at most, which is less than what is cut instead of rounded. NaN is still none."""
@@ -206,7 +209,7 @@ def of_tf32(spec, case):
     if all(map(torch.equal, rounded, tensors_of(spec.ref(**inputs)))):
         return  # it has no products
     not_a_number = {
-        name: torch.where(torch.arange(t.numel()).view(t.shape) == 1, torch.nan, t)
+        name: torch.where(torch.arange(t.numel()).view(t.shape) == 1, ALL_ONES, t)
         if is_float(t) else t
         for name, t in inputs.items()
     }  # fmt: skip

@@ -598,7 +598,8 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"linear\._accumulate comparison: x\.dtype == tl\.float32  ->  .*": (
         "the order of a sum, which is allowed either way; test_aot.py looks at the compiled kernel"
     ),
-    r"linear\.\w+ precision dropped: tl\.dot\(.*, acc, input_precision=PRECISION\)  ->  .*": (
+    r"(linear|weight_gradient)\.\w+ precision dropped: "
+    r"tl\.dot\(.*, acc, input_precision=PRECISION\)  ->  .*": (
         "exact fp32 does not come here, and Triton's default for the rest is tf32"
     ),
     r"linear\._persistent_kernel cast dropped: .*\.to\(tl\.int32\)  ->  .*": (
@@ -622,9 +623,21 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"linear\._persistent_kernel flag: tl\.range\(.*flatten=True\)  ->  .*": (
         "how loops are scheduled changes no number"
     ),
+    # weight_gradient
+    r"weight_gradient\._product_kernel name: .*, parts\) \* BLOCK_T  ->  .*BLOCK_[NK]": (
+        "parts of more rows, and some without any: other programs add up the same"
+    ),
+    r"weight_gradient\._product_kernel (condition: if x\.dtype == tl\.float32 .*  ->  if False:"
+    r"|(comparison|narrower type): x\.dtype == tl\.float32  ->  .*)": (
+        "the order of a sum, which is allowed either way; test_aot.py looks at the compiled kernel"
+    ),
+    r"weight_gradient\._\w+ narrower type: tl\.zeros\(\[BLOCK(_N)?\], .*  ->  .*": _TYPE,
     # pointwise
-    r"pointwise\.factor_of conjunct dropped: .* & -8192  ->  .* \+ 4096": (
+    r"pointwise\.factor_of (conjunct dropped|integer): .* & -8192  ->  .* \+ 4096( & -8191)?": (
         "the tensor core reads no more of a number"
+    ),
+    r"pointwise\.factor_of integer: .* \+ 4096  ->  .* \+ 409[57]": (
+        "but for numbers halfway between two, which test_linear.py has"
     ),
     r"pointwise\.gelu_exp2 number: -0\.00040682035 \* a  ->  -0\.000407.*": _DIGITS,
     r"pointwise\.gelu_exp2 number: .* \* a \+ 0\.0066143439  ->  .* 0\.00662.*": _DIGITS,

@@ -87,6 +87,10 @@ def test_tf32_is_rounded_to_the_nearest():
     x, weight, _ = (t.abs() for t in operands(70, 200, 96, torch.float32))
     truth = F.linear(x.double(), weight.double())
     assert (linear(x, weight).double() / truth - 1).mean().abs() < 2**-13
+    ulp = 2**-10
+    x = torch.tensor([1 + ulp / 2, -1 - ulp / 2, 1 + ulp / 2 - 2**-23, 1 + 1.5 * ulp])
+    y = linear(x[:, None].to(DEVICE), torch.ones(1, 1, device=DEVICE))[:, 0]
+    assert y.tolist() == [1 + ulp, -1 - ulp, 1, 1 + 2 * ulp]  # halves go away from zero
 
 
 @pytest.mark.skipif(not KERNELS, reason="of the kernel")

@@ -142,6 +142,26 @@ def test_a_head_a_loss_and_an_optimizer():
         torch.testing.assert_close(found[1][1][name], p, rtol=1e-3, atol=1e-5)
 
 
+def test_what_is_recorded_comes_to_no_parameter(monkeypatch):
+    """autograd would make the stream of the recording wait for that of an output before it."""
+    _, model = trained_pair()
+    kept, found = [model(**inputs_of()).last_hidden_state.sum()], []
+    record = training_graphs._record
+
+    def look_and_record(forward, backward, *others):
+        nodes = [forward().grad_fn]
+        for node in nodes:
+            nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes]
+            found.extend([node.variable] if hasattr(node, "variable") else [])
+        return record(forward, backward, *others)
+
+    monkeypatch.setattr(training_graphs, "_record", look_and_record)
+    kept += step(model, **inputs_of())
+    assert training_graphs_of(model).count == 1 and len(found) > 30
+    parameters = {p.data_ptr(): p for p in model.parameters()}
+    assert not any(leaf is parameters[leaf.data_ptr()] for leaf in found)
+
+
 def test_gradients_of_several_steps_add_up_and_stay():
     _, model = trained_pair()
     step(model, **inputs_of())
