@@ -71,16 +71,24 @@ def given(config, wanted):
 
 
 def neighbours(config, fixed):
-    """config with one number changed."""
-    for name, value in config.items():
-        if name in fixed:
-            continue
-        if name in launch.FLAGS:
-            yield {**config, name: 1 - value}
-            continue
-        steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
-        limit = {"num_stages": 6, "num_warps": 16}.get(name, 4096)
-        yield from ({**config, name: v} for v in steps if 1 <= v <= limit)
+    """config with one number changed, or a side of the tile and the warps alike: each warp has as
+    much to do then, and a multiprocessor more or fewer programs to take turns."""
+    free = {name: value for name, value in config.items() if name not in fixed}
+    for name in free.keys() & launch.FLAGS:
+        yield {**config, name: 1 - config[name]}
+    for name, value in free.items():
+        if name.startswith("BLOCK") and (warps := free.get("num_warps")):
+            for steps in ((value // 2, warps // 2), (value * 2, warps * 2)):
+                if all(map(_may_be, (name, "num_warps"), steps)):
+                    yield {**config, name: steps[0], "num_warps": steps[1]}
+    for name, value in free.items():
+        if name not in launch.FLAGS:
+            steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, value * 2)
+            yield from ({**config, name: v} for v in steps if _may_be(name, v))
+
+
+def _may_be(name, value):
+    return 1 <= value <= {"num_stages": 6, "num_warps": 16}.get(name, 4096)
 
 
 # -- compiling ahead ------------------------------------------------------------------------

@@ -526,8 +526,14 @@ def test_a_flag_is_turned_and_a_number_doubled_and_halved():
     config = {"PERSISTENT": 0, "BLOCK_N": 64, "num_warps": 16, "num_stages": 1}
     changes = [dict(c.items() - config.items()) for c in tune.neighbours(config, ())]
     assert changes == [
-        {"PERSISTENT": 1}, {"BLOCK_N": 32}, {"BLOCK_N": 128}, {"num_warps": 8}, {"num_stages": 2},
+        {"PERSISTENT": 1}, {"BLOCK_N": 32, "num_warps": 8},
+        {"BLOCK_N": 32}, {"BLOCK_N": 128}, {"num_warps": 8}, {"num_stages": 2},
     ]  # fmt: skip
+    of_a_side = tune.neighbours({"BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 4}, ("BLOCK_D",))
+    assert list(of_a_side)[:2] == [
+        {"BLOCK_M": 32, "BLOCK_D": 64, "num_warps": 2},
+        {"BLOCK_M": 128, "BLOCK_D": 64, "num_warps": 8},
+    ]
     assert list(tune.neighbours({"PERSISTENT": 1}, ())) == [{"PERSISTENT": 0}]
 
 
@@ -842,7 +848,7 @@ def test_every_op_can_be_tuned(spec):
 def test_what_was_tuned_is_what_launchers_read(tables, tmp_path):
     found = results.Results(tmp_path / "tune.json", KNOWN, "tune")
     chosen = tune_toy(found, tables)
-    assert chosen == {"toy": {"N=768": {"BLOCK_N": 128, "num_warps": 4}}}
+    assert chosen == {"toy": {"N=768": {"BLOCK_N": 128, "num_warps": 8}}}
     toy(torch.ones(2, 768))
     assert launch_of[-1] == 128
     toy(torch.ones(2, 1024))  # no such key
