@@ -123,7 +123,7 @@ def _backward(dy, s, x, y, o, a, a_added, m, h, f, f_added, *parameters):
     p, dtype, n = Parameters(*parameters), dy.dtype, s.num_tokens
     df, *of_last_norm = ops.layer_norm_backward(dy, f, p.last_norm, f_added, s.eps[1], n)
     dh, *of_down = product_gradients(_dropped(df, s.after_feed_forward, s), h, p.down, n)
-    dz = torch.ops.aten.gelu_backward(dh, ops.linear(m, p.up, p.up_bias, num_tokens=n))
+    dz = ops.gelu_gradient(dh, m, p.up, p.up_bias, n)
     del dh  # this and dz are the largest
     dm, *of_up = product_gradients(dz, m, p.up, n, df)
     del dz

@@ -623,6 +623,9 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"linear\._persistent_kernel flag: tl\.range\(.*flatten=True\)  ->  .*": (
         "how loops are scheduled changes no number"
     ),
+    r"linear\._finish_half \w[\w ]*: y \* residual  ->  .*": (
+        "linear adds; gelu_gradient multiplies, and its checks know the product"
+    ),
     # weight_gradient
     r"weight_gradient\._product_kernel name: .*, parts\) \* BLOCK_T  ->  .*BLOCK_[NK]": (
         "parts of more rows, and some without any: other programs add up the same"

@@ -19,6 +19,8 @@ else:
     from .embedding import embedding
     from .gelu import SPEC as GELU
     from .gelu import gelu
+    from .gelu_gradient import SPEC as GELU_GRADIENT
+    from .gelu_gradient import gelu_gradient
     from .launch import backend, missing
     from .layer_norm import SPEC as LAYER_NORM
     from .layer_norm import layer_norm
@@ -34,11 +36,11 @@ else:
 
     SPECS = (
         ATTENTION, ATTENTION_BACKWARD, LAYER_NORM, LAYER_NORM_BACKWARD, GELU, DROPOUT, LINEAR,
-        WEIGHT_GRADIENT, QKV, EMBEDDING, PACK, UNPACK,
+        WEIGHT_GRADIENT, GELU_GRADIENT, QKV, EMBEDDING, PACK, UNPACK,
     )  # fmt: skip
 
 __all__ = [
     "SPECS", "Packing", "attention", "attention_backward", "backend", "dropout", "embedding",
-    "gelu", "layer_norm", "layer_norm_backward", "linear", "missing", "pack", "qkv", "unpack",
-    "weight_gradient",
+    "gelu", "gelu_gradient", "layer_norm", "layer_norm_backward", "linear", "missing", "pack",
+    "qkv", "unpack", "weight_gradient",
 ]

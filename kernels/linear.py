@@ -21,7 +21,8 @@ CPU        With AVX-512, oneDNN on the weight as it lies: torch's own linear giv
 Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over rows, dresidual = dy.
            Products of torch in the dtype of x, dz rounded to it; with num_tokens, which torch's
            cannot read, this kernel on W as it lies, and weight_gradient. Where act is GELU, z is
-           computed again instead of kept: one more product, a third of the largest activation less.
+           computed again instead of kept (gelu_gradient): one more product, a third of the largest
+           activation less.
 Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The kernel is the plain
            tiled product: a program for each tile of y, its K loop pipelined by the compiler. For
            many tiles, where there are tensor descriptors, its persistent form: a program for each
@@ -125,6 +126,7 @@ def _finish_half(
     start_m, start_n,
     rows, N,
     ACT: tl.constexpr,
+    TIMES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """All that follows the product, of half a tile of y, which starts at (start_m, start_n)."""
@@ -139,7 +141,8 @@ def _finish_half(
     mask = (offs_m < rows)[:, None] & mask_n[None, :]
     if residual_ptr is not None:
         residual_ptrs = residual_ptr + rows_m * stride_rt + offs_n[None, :]
-        y += tl.load(residual_ptrs, mask=mask)
+        residual = tl.load(residual_ptrs, mask=mask)
+        y = y * residual if TIMES else y + residual
     tl.store(y_ptr + rows_m * N + offs_n[None, :], y, mask=mask)
 
 
@@ -150,6 +153,7 @@ def _finish(
     start_m, start_n,
     rows, N,
     ACT: tl.constexpr,
+    TIMES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """All that follows the product, of the tile of y that starts at (start_m, start_n)."""
@@ -157,11 +161,11 @@ def _finish(
     left, right = y.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
     _finish_half(
         left, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N // 2,
+        start_m, start_n, rows, N, ACT, TIMES, BLOCK_M, BLOCK_N // 2,
     )
     _finish_half(
         right, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n + BLOCK_N // 2, rows, N, ACT, BLOCK_M, BLOCK_N // 2,
+        start_m, start_n + BLOCK_N // 2, rows, N, ACT, TIMES, BLOCK_M, BLOCK_N // 2,
     )
 
 
@@ -176,6 +180,7 @@ def _forward_kernel(
     stride_xt, stride_w, stride_rt,
     T, N, K,
     ACT: tl.constexpr,  # a function of z, or None
+    TIMES: tl.constexpr,  # whether residual is a factor, and not added
     PRECISION: tl.constexpr,
     BY_COLUMNS: tl.constexpr,
     REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
@@ -198,7 +203,7 @@ def _forward_kernel(
     )
     _finish(
         acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
-        start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N,
+        start_m, start_n, rows, N, ACT, TIMES, BLOCK_M, BLOCK_N,
     )
 
 
@@ -210,6 +215,7 @@ def _persistent_kernel(
     stride_rt,
     T, N, K,
     ACT: tl.constexpr,
+    TIMES: tl.constexpr,
     PRECISION: tl.constexpr,
     BY_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -235,7 +241,7 @@ def _persistent_kernel(
             acc = tl.dot(of_x, factor_of(of_weight, PRECISION), acc, input_precision=PRECISION)
         _finish(
             acc, bias_ptr, residual_ptr, y_ptr, stride_rt,
-            start_m, start_n, rows, N, ACT, BLOCK_M, BLOCK_N,
+            start_m, start_n, rows, N, ACT, TIMES, BLOCK_M, BLOCK_N,
         )
 
 
@@ -369,6 +375,13 @@ def _lies_by_columns(weight):
 
 
 def _forward(y, x, weight, bias, activation, residual, num_tokens):
+    # The error of 16 bits' own form is less than rounding; next to a residual that cancels, more.
+    form = act_of(x.dtype) if residual is None else gelu_erf
+    launch_product(y, x, weight, bias, form if activation else None, residual, num_tokens)
+
+
+def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False):
+    """y = act(x W^T + bias), and residual is added, or if times multiplied."""
     x, stride_xt = launch.rows(x)
     residual, stride_rt = launch.rows(residual)
     (T, K), N = x.shape, weight.shape[0]
@@ -377,9 +390,7 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     config = _config(T, N, K, x.itemsize, precision, *gpu)
     persistent = config["PERSISTENT"]
     config = {name: value for name, value in config.items() if name != "PERSISTENT"}
-    # The error of 16 bits' own form is less than rounding; next to a residual that cancels, more.
-    form = act_of(x.dtype) if residual is None else gelu_erf
-    shared = {"ACT": form if activation else None, "PRECISION": precision, **config}
+    shared = {"ACT": act, "TIMES": times, "PRECISION": precision, **config}
     bias = None if bias is None else bias.contiguous()
     tiles = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
     exact = is_exact(x.itemsize, precision)
@@ -544,8 +555,8 @@ def product_gradients(
 
 def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
     if activation:
-        z = _linear(x, weight, bias, None, None, num_tokens)
-        dy = torch.ops.aten.gelu_backward(dy, z)  # in fp32 inside
+        op = torch.ops.bert_fast.gelu_gradient.default  # of gelu_gradient.py
+        dy = op(dy, x, weight, bias, num_tokens)
     dx, *others = product_gradients(dy, x, weight, num_tokens, None, needs_x, needs_weight)
     return launch.zeros_past(num_tokens if needs_x else None, dx), *others
 
