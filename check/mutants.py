@@ -617,9 +617,8 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"linear\._persistent_kernel name: tl\.cdiv\(N, BLOCK_N\)  ->  .*BLOCK_[MK]\)": (
         "in the interpreter's tile these are less: tiles past N too, where nothing is stored"
     ),
-    r"linear\._persistent_kernel name: tl\.cdiv\(rows, BLOCK_M\)  ->  .*BLOCK_K\)": (
-        "in the interpreter's tile they are equal"
-    ),
+    r"linear\._persistent_kernel name: (tl\.cdiv\(rows, BLOCK_M\)  ->  .*BLOCK_K\)"
+    r"|range\(0, K, BLOCK_K\)  ->  .*BLOCK_M\))": "in the interpreter's tile they are equal",
     r"linear\._persistent_kernel flag: tl\.range\(.*flatten=True\)  ->  .*": (
         "how loops are scheduled changes no number"
     ),
