@@ -201,10 +201,10 @@ class TrainingGraphs(Graphs):
             step = self._step and self._step()
             if step is not None and not step.is_done:
                 return None
+            self.check(model)
             bucket = bucket_of(model, inputs, kwargs, (_autocast(model.device.type),))
             if bucket is None or not self._take_stock(model):
                 return None
-            self.check(model)
             graph = self._graphs.get(bucket)
             self._calls += 1
             try:
