@@ -41,7 +41,6 @@ LIMIT = 64  # graphs of a model
 KEPT = 2**17  # positions of all graphs of a model
 STALE = 1000  # calls of a model
 ATTEMPTS = 3  # recordings that may fail
-NAME = "_bert_fast_no_cuda_graphs"  # of the mark on an encoder for which they are turned off
 
 logger = logging.getLogger("bert_fast")
 
@@ -343,31 +342,44 @@ def _burnt_in(model):
     return found
 
 
-# Beside the models, as a graph is of one object: not of its copies, nor of DataParallel's replicas.
-_of_models = weakref.WeakKeyDictionary()
+class OfModels:
+    """The graphs of encoders, of one kind. They are beside the models, as a graph is of one object:
+    not of its copies, nor of DataParallel's replicas.
+
+    mark  an attribute of encoders for which they are turned on, or if marks_off, off. Copies of a
+          model have it too, and what is read from a file.
+    """
+
+    def __init__(self, kind, mark, marks_off):
+        self._kind, self._mark, self._marks_off = kind, mark, marks_off
+        self._held = weakref.WeakKeyDictionary()
+
+    def _is_on(self, model):
+        return (self._mark in model.__dict__) != self._marks_off
+
+    def of(self, model):
+        """The graphs of an encoder, or None where they are off, or torch.compile traces it."""
+        if torch.compiler.is_compiling() or not self._is_on(model):
+            return None
+        return self._held.get(model) or self._held.setdefault(model, self._kind())
+
+    def turn(self, model, on):
+        """Turn them on or off for an encoder; whether that changes anything. Those that are off as
+        recording failed may be tried again."""
+        failed = model in self._held and self._held[model].off
+        if on == self._is_on(model) and not (on and failed):
+            return False
+        self.forget(model)
+        if on != self._marks_off:
+            model.__dict__[self._mark] = True
+        return True
+
+    def forget(self, model):
+        """As of an encoder for which nobody has turned them on or off, and that has none."""
+        model.__dict__.pop(self._mark, None)
+        if held := self._held.pop(model, None):
+            held.drop()
 
 
-def turn(model, on):
-    """Turn graphs on or off for an encoder; whether that changes anything. Those that are off as
-    recording failed may be tried again."""
-    failed = model in _of_models and _of_models[model].off
-    if on == (NAME not in model.__dict__) and not (on and failed):
-        return False
-    forget(model)
-    if not on:
-        model.__dict__[NAME] = True
-    return True
-
-
-def forget(model):
-    """As of an encoder that nobody has turned them off for, and that has none."""
-    model.__dict__.pop(NAME, None)
-    if graphs := _of_models.pop(model, None):
-        graphs.drop()
-
-
-def graphs_of(model):
-    """The Graphs of an encoder, or None where they are turned off, or torch.compile traces it."""
-    if torch.compiler.is_compiling() or NAME in model.__dict__:
-        return None
-    return _of_models.get(model) or _of_models.setdefault(model, Graphs())
+of_inference = OfModels(Graphs, "_bert_fast_no_cuda_graphs", marks_off=True)
+graphs_of = of_inference.of

@@ -12,11 +12,11 @@ import transformers
 from . import frozen as frozen_weights
 from . import graphs
 from . import kernels as ops
-from . import training_graphs as graphs_of_training
 from .coverage import crosses, decodes, layers_of, reason_of_call, reason_of_model
 from .inputs import Inputs
 from .modeling import STOCK, calls_of, logger, put_on
 from .seen import forget
+from .training_graphs import of_training, training_graphs_of
 
 ENCODERS = {fast: stock for fast, stock in STOCK.items() if hasattr(fast, "architecture")}
 REPLACED = "forward was replaced on the module, by torch.compile, Accelerate's hooks or other code"
@@ -61,11 +61,11 @@ def accelerate(model, cuda_graphs=None, frozen=None, training_graphs=None):
     changed = []
     for module in encoders:
         if cuda_graphs is not None:
-            changed.append(graphs.turn(module, cuda_graphs))
+            changed.append(graphs.of_inference.turn(module, cuda_graphs))
         if frozen is not None:
             changed.append(frozen_weights.turn(module, frozen))
         if training_graphs is not None:
-            changed.append(graphs_of_training.turn(module, training_graphs))
+            changed.append(of_training.turn(module, training_graphs))
         changed.append(_uncover(module))
     for path, module in model.named_modules():
         if module in encoders and _hides_kernels(module):
@@ -133,8 +133,8 @@ def restore(model):
     for module in todo:
         if type(module) in ENCODERS:
             module.__dict__.pop("_bert_fast_calls", None)
-            graphs.forget(module)
-            graphs_of_training.forget(module)
+            graphs.of_inference.forget(module)
+            of_training.forget(module)
             frozen_weights.turn(module, False)
             forget(module)
         module.__class__ = STOCK[type(module)]
@@ -241,7 +241,7 @@ def report(model):
             calls = calls_of(module)
             on_gpu = graphs.there_are(weight.device)
             held = graphs.graphs_of(module) if on_gpu else None
-            of_training = graphs_of_training.training_graphs_of(module) if on_gpu else None
+            trains = training_graphs_of(module) if on_gpu else None
             swapped.append(
                 Swapped(
                     path=path,
@@ -256,8 +256,8 @@ def report(model):
                     frozen=frozen_weights.is_frozen(module),
                     cuda_graphs=held and held.count,
                     cuda_graphs_off=held and held.off,
-                    training_graphs=of_training and of_training.count,
-                    training_graphs_off=of_training and of_training.off,
+                    training_graphs=trains and trains.count,
+                    training_graphs_off=trains and trains.off,
                 )
             )
         elif type(module) in ENCODERS.values():

@@ -29,11 +29,9 @@ import torch
 from . import graphs
 from .architectures import at
 from .encoder import checkpoints
-from .graphs import Graphs, bucket_of
+from .graphs import Graphs, OfModels, bucket_of
 from .kernels.launch import once_differentiable
 from .seen import seen
-
-NAME = "_bert_fast_training_graphs"  # of the mark on an encoder for which they are turned on
 
 # Whether the backward that runs was told to keep its graph; private to torch, without which it may.
 _keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -245,31 +243,5 @@ class TrainingGraphs(Graphs):
             return graph.run_backward(dlast)
 
 
-_of_models = weakref.WeakKeyDictionary()
-
-
-def turn(model, on):
-    """Turn graphs of training on or off for an encoder; whether that changes anything. Those that
-    are off as recording failed may be tried again."""
-    failed = model in _of_models and _of_models[model].off
-    if on == (NAME in model.__dict__) and not (on and failed):
-        return False
-    forget(model)
-    if on:
-        model.__dict__[NAME] = True
-    return True
-
-
-def forget(model):
-    """As of an encoder that nobody has turned them on for."""
-    model.__dict__.pop(NAME, None)
-    if held := _of_models.pop(model, None):
-        held.drop()
-
-
-def training_graphs_of(model):
-    """The TrainingGraphs of an encoder; None where they are not turned on, or torch.compile traces
-    it."""
-    if torch.compiler.is_compiling() or NAME not in model.__dict__:
-        return None
-    return _of_models.get(model) or _of_models.setdefault(model, TrainingGraphs())
+of_training = OfModels(TrainingGraphs, "_bert_fast_training_graphs", marks_off=False)
+training_graphs_of = of_training.of
