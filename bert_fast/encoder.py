@@ -176,7 +176,7 @@ def _settings(part, feed_forward, x, tokens, seeds, causal):
     eps = part.norm.eps, feed_forward.norm.eps
     return Settings(
         tokens.cu_seqlens, tokens.shape[1], tokens.num_tokens,
-        causal, core.attention_head_size, core.scaling, *dropouts, eps, _autocast(x),
+        causal, core.attention_head_size, core.scaling, *dropouts, eps, autocast_dtype(x.device),
     )  # fmt: skip
 
 
@@ -285,13 +285,13 @@ def _parameter(linear, name):
 
 def _autocasted(*tensors):
     """Tensors as products take them."""
-    dtype = _autocast(tensors[0])
+    dtype = autocast_dtype(tensors[0].device)
     return tensors if dtype is None else [t.to(dtype) for t in tensors]
 
 
-def _autocast(x):
-    """The dtype that products on the device of x are to have, or None for that of x."""
-    device = x.device.type
+def autocast_dtype(device):
+    """The dtype that products on a device are to have, or None for that of what they are of."""
+    device = device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
@@ -299,7 +299,7 @@ def _add_norm(part, linear, h, x, tokens, seeds):
     """LayerNorm(dropout(linear(h)) + x): the end of an attention and of a feed-forward. x is added
     by the product, or by the dropout that follows, or under autocast, where x is wider, by
     LayerNorm."""
-    drops, wider, norm = _drops(part.dropout), _autocast(x) is not None, part.norm
+    drops, wider, norm = _drops(part.dropout), autocast_dtype(x.device) is not None, part.norm
     h = _product(linear, h, tokens, residual=None if drops or wider else x)
     if drops:
         h = _drop(part.dropout, h, tokens, seeds, residual=None if wider else x)

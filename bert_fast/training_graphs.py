@@ -28,7 +28,7 @@ import torch
 
 from . import graphs
 from .architectures import at
-from .encoder import checkpoints
+from .encoder import autocast_dtype, checkpoints
 from .graphs import Graphs, OfModels, bucket_of
 from .kernels.launch import once_differentiable
 from .seen import seen
@@ -47,10 +47,6 @@ def _may_record(model, inputs):
         or torch.is_anomaly_enabled()
         or (torch.distributed.is_available() and torch.distributed.is_initialized())
     )
-
-
-def _autocast(device):
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 # -- one graph ------------------------------------------------------------------------------
@@ -200,7 +196,7 @@ class TrainingGraphs(Graphs):
             if step is not None and not step.is_done:
                 return None
             self.check(model)
-            bucket = bucket_of(model, inputs, kwargs, (_autocast(model.device.type),))
+            bucket = bucket_of(model, inputs, kwargs, (autocast_dtype(model.device),))
             if bucket is None or not self._take_stock(model):
                 return None
             graph = self._graphs.get(bucket)

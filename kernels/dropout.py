@@ -188,8 +188,8 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx, dy):
         seed, num_tokens = ctx.saved_tensors
         dx = _dropout(dy, ctx.p, seed, None, num_tokens)
-        dx, dy = (launch.zeros_past(num_tokens, d) for d in (dx, dy))
-        return dx, None, None, dy if ctx.residual else None, None
+        dx, dresidual = launch.zeros_past(num_tokens, dx, dy if ctx.residual else None)
+        return dx, None, None, dresidual, None
 
 
 # -- public op ------------------------------------------------------------------------------

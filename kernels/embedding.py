@@ -193,18 +193,10 @@ def _plain_backward(
     dy, input_ids, inputs_embeds, token_type_ids, position_ids, row_index, word, position,
     token_type, weight, padding_idx, eps, num_tokens,
 ):
-    T = len(dy)
-    if num_tokens is not None:  # rows past it are as of a token with ids of 0 and a dy of 0
-        past = torch.arange(T, device=dy.device) >= num_tokens
-        row_index = None if row_index is None else row_index.masked_fill(past, 0)
-    x, types, positions = _tokens(
-        input_ids, inputs_embeds, token_type_ids, position_ids, row_index, None
-    )
-    if num_tokens is not None:
-        x, types, positions = (
-            None if t is None else t.masked_fill(past.view(-1, *[1] * (t.ndim - 1)), 0)
-            for t in (x, types, positions)
-        )
+    # Rows past num_tokens are as of a token with ids of 0 that gets nothing.
+    (row_index,) = launch.zeros_past(num_tokens, row_index)
+    tokens = _tokens(input_ids, inputs_embeds, token_type_ids, position_ids, row_index, None)
+    x, types, positions = launch.zeros_past(num_tokens, *tokens)
     h = _sum(x, types, positions, word, token_type, position)
     dh, *dparams = layer_norm_backward(
         dy.to(h.dtype), h, weight.to(h.dtype), eps=eps, num_tokens=num_tokens
@@ -223,12 +215,9 @@ def _plain_backward(
             dword[padding_idx] = 0
         dembeds = dword.new_empty(0)
     else:
-        dword, (B, S, N) = word.new_empty(0), inputs_embeds.shape
-        rows = torch.arange(T, device=dh.device) if row_index is None else row_index.long()
-        if num_tokens is not None:
-            rows = rows.masked_fill(past, B * S)  # one more row, which takes what is of no token
-        dembeds = dh.new_zeros(B * S + 1, N).index_copy_(0, rows, dh)
-        dembeds = dembeds[:-1].view(B, S, N).to(dy.dtype, copy=True)
+        dword = word.new_empty(0)
+        rows = torch.arange(len(dh), device=dh.device) if row_index is None else row_index
+        dembeds = scatter(rows, inputs_embeds.flatten(0, 1)).view(inputs_embeds.shape)
     return dword, dembeds, dposition, dtype, torch.stack(dparams)
 
 

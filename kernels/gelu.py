@@ -101,7 +101,8 @@ def _plain(x, bias, num_tokens):
 def _plain_backward(dy, x, bias, num_tokens):
     z = _sum(x, bias)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    dz = launch.zeros_past(num_tokens, torch.ops.aten.gelu_backward(dy.to(z.dtype), z))
+    dz = torch.ops.aten.gelu_backward(dy.to(z.dtype), z)
+    (dz,) = launch.zeros_past(num_tokens, dz)
     rows, N = math.prod(dz.shape[:-1]), x.shape[-1]
     return dz.to(x.dtype).contiguous(), dz.reshape(rows, N).sum(0)
 

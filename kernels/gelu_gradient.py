@@ -14,9 +14,8 @@ import torch
 
 from . import launch
 from .gelu import gelu_ref
-from .launch import DTYPES, show
 from .linear import SPEC as LINEAR
-from .linear import launch_product, plain_rows
+from .linear import check_product, launch_product, plain_rows
 from .pointwise import gelu_slope
 from .spec import Spec
 
@@ -65,18 +64,7 @@ def gelu_gradient(dy, x, weight, bias=None, num_tokens=None):
     Returns dz [T, N] in the dtype of x, contiguous. Not differentiable. Raises ValueError for any
     other shape or dtype.
     """
-    if x.ndim != 2 or x.dtype not in DTYPES:
-        raise ValueError(f"gelu_gradient: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
-    (T, K), dtype = x.shape, x.dtype
-    if weight.ndim != 2 or weight.shape[1] != K or weight.dtype != dtype:
-        want = f"{show(dtype)}[N, {K}]"
-        raise ValueError(f"gelu_gradient: weight must be {want}, got {show(weight)}")
-    N = weight.shape[0]
-    for name, t, shape in (("bias", bias, (N,)), ("dy", dy, (T, N))):
-        if t is not None and (t.shape != shape or t.dtype != dtype):
-            want = f"{show(dtype)}{[*shape]}"
-            raise ValueError(f"gelu_gradient: {name} must be {want}, got {show(t)}")
-    launch.check_num_tokens("gelu_gradient", num_tokens)
+    check_product("gelu_gradient", x, weight, bias, num_tokens, dy=dy)
     with torch.no_grad():
         return _gelu_gradient(dy, x, weight, bias, num_tokens)
 
@@ -125,8 +113,10 @@ SPEC = Spec(
     rejects={
         "x must be fp32, fp16 or bf16 [T, K], got float32[8]": {"x": torch.ones(8)},
         "weight must be float32[N, 130], got float32[8, 7]": {"weight": torch.ones(8, 7)},
-        "bias must be float32[72], got float32[3]": {"bias": torch.ones(3)},
-        "dy must be float32[128, 72], got float64[128, 72]": {"dy": torch.ones(128, 72).double()},
+        "bias must be float32[72] like weight, got float32[3]": {"bias": torch.ones(3)},
+        "dy must be float32[128, 72] like the result, got float64[128, 72]": {
+            "dy": torch.ones(128, 72).double()
+        },
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },
     packed=("x", "dy"),

@@ -279,13 +279,17 @@ def pad_rows(t, M):
     return out
 
 
-def zeros_past(num_tokens, t):
-    """t [T, ...] with zeros from row num_tokens on, if that is not None: a gradient as above, where
-    nobody is to wait for their number."""
+def zeros_past(num_tokens, *tensors):
+    """Each tensor [T, ...] (or None) with zeros from row num_tokens on, if that is not None:
+    gradients as above, where nobody is to wait for the number."""
     if num_tokens is None:
-        return t
-    past = torch.arange(t.shape[0], device=t.device) >= num_tokens
-    return t.masked_fill(past.view(-1, *[1] * (t.ndim - 1)), 0.0)
+        return tensors
+
+    def filled(t):
+        past = torch.arange(t.shape[0], device=t.device) >= num_tokens
+        return t.masked_fill(past.view(-1, *[1] * (t.ndim - 1)), 0)
+
+    return tuple(t if t is None else filled(t) for t in tensors)
 
 
 # -- launches -------------------------------------------------------------------------------
@@ -387,6 +391,11 @@ ROWS = (128, 16384)  # fewer and more are taken for these
 def bucket(rows):
     """The number of rows that a table has an entry for, in place of rows."""
     return None if rows is None else next_power_of_2(min(max(rows, ROWS[0]), ROWS[1]))
+
+
+def product_key(N, K, itemsize, precision):
+    """The key of a product with a weight [N, K]."""
+    return {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
 
 
 def written(key, rows=None):
@@ -518,6 +527,11 @@ def precision(t):
         return "ieee"
     gpu = arch()
     return "tf32" if isinstance(gpu, int) or gpu == "gfx942" else "ieee"  # on AMD, of that alone
+
+
+def is_exact(itemsize, precision):
+    """Whether products are of fp32 as it is, on no tensor core of NVIDIA's."""
+    return itemsize == 4 and precision == "ieee"
 
 
 def show(t):

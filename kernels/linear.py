@@ -258,7 +258,7 @@ def _forms(arch, itemsize, precision, persistent=True):
     the same reason 32 columns on AMD, and one BLOCK_K. TF32 has the tiles of 16 bits, of half as
     many columns.
     """
-    if is_exact(itemsize, precision):  # on no tensor core of NVIDIA's: each thread holds operands
+    if launch.is_exact(itemsize, precision):  # each thread holds operands
         small = ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
         if isinstance(arch, str):
             return small
@@ -275,10 +275,6 @@ def _forms(arch, itemsize, precision, persistent=True):
     return tuple((M, N, K * 2 // itemsize, *rest) for M, N, K, *rest in forms)
 
 
-def is_exact(itemsize, precision):
-    return itemsize == 4 and precision == "ieee"
-
-
 # KiB of a multiprocessor; of others 99
 SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, "gfx942": 64}
 
@@ -290,11 +286,11 @@ def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
     which are mistaken for each other show."""
     forms = _forms(arch, itemsize, precision, persistent=parts == 1)
     if launch.INTERPRET:
-        return forms[1 if is_exact(itemsize, precision) else -1]
+        return forms[1 if launch.is_exact(itemsize, precision) else -1]
     # Each row and column of a tile costs as much as so many of its products. Fitted to what `check
     # aot` predicts for base and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
     from_shared = launch.multiplies_from_shared_memory(arch)
-    edge = 67 if from_shared and not is_exact(itemsize, precision) else 34
+    edge = 67 if from_shared and not launch.is_exact(itemsize, precision) else 34
 
     def work(form):
         M, N_, K, warps, stages = form
@@ -321,7 +317,7 @@ def _config(T, N, K, itemsize, precision, arch, multiprocessors):
     tile = tile_of(T, N, itemsize, precision, arch, multiprocessors)
     large = launch.multiplies_from_shared_memory(arch) and itemsize == 2 and tile["BLOCK_M"] == 128
     config = {"PERSISTENT": int(large), **tile}
-    key = {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
+    key = launch.product_key(N, K, itemsize, precision)
     return launch.configuration("linear", config, rows=T, **key)
 
 
@@ -360,7 +356,7 @@ def by_columns(T, precision, BLOCK_N, *weights):
     columns = ceil_div(N, BLOCK_N) * BLOCK_N
     if _lies_by_columns(first) and columns == N:
         return weights, first.stride(1), True
-    exact = is_exact(first.itemsize, precision) and isinstance(launch.arch(), int)
+    exact = launch.is_exact(first.itemsize, precision) and isinstance(launch.arch(), int)
     if not exact or T < COLUMNS_FROM:
         weights = [launch.rows(w)[0] for w in weights]
         return weights, weights[0].stride(0), False
@@ -393,7 +389,7 @@ def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False):
     shared = {"ACT": act, "TIMES": times, "PRECISION": precision, **config}
     bias = None if bias is None else bias.contiguous()
     tiles = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
-    exact = is_exact(x.itemsize, precision)
+    exact = launch.is_exact(x.itemsize, precision)
     turned = _lies_by_columns(weight)
     stored, stride_w = launch.rows(weight.mT if turned else weight)
     if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (stored, stride_w)):
@@ -550,7 +546,8 @@ def product_gradients(
         return dx, *weight_gradient(dz, x, num_tokens)
     if needs_weight:
         dweight = _matmul(dz.mT, x)
-    return dx, dweight, launch.zeros_past(num_tokens, dz).sum(0)
+    (dz,) = launch.zeros_past(num_tokens, dz)
+    return dx, dweight, dz.sum(0)
 
 
 def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
@@ -558,7 +555,7 @@ def _plain_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_
         op = torch.ops.bert_fast.gelu_gradient.default  # of gelu_gradient.py
         dy = op(dy, x, weight, bias, num_tokens)
     dx, *others = product_gradients(dy, x, weight, num_tokens, None, needs_x, needs_weight)
-    return launch.zeros_past(num_tokens if needs_x else None, dx), *others
+    return *launch.zeros_past(num_tokens if needs_x else None, dx), *others
 
 
 # -- registration ---------------------------------------------------------------------------
@@ -604,9 +601,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _, needs_residual, _ = ctx.needs_input_grad
         args = (dy, x, weight, bias, ctx.activation, num_tokens, needs_x, needs_weight)
         dx, dweight, dbias = linear_backward(*args)
-        dresidual = None
-        if needs_residual:
-            dresidual = launch.zeros_past(num_tokens, dy)
+        (dresidual,) = launch.zeros_past(num_tokens, dy) if needs_residual else (None,)
         return (
             dx if needs_x else None,
             dweight if needs_weight else None,
@@ -616,6 +611,26 @@ class _Linear(torch.autograd.Function):
 
 
 # -- public op ------------------------------------------------------------------------------
+def check_product(op, x, weight, bias, num_tokens, **like_result):
+    """Raise ValueError unless they are x [T, K], weight [N, K] and bias [N] (or None) of one dtype,
+    and what is like the result, by name, [T, N] (or None)."""
+    if x.ndim != 2 or x.dtype not in DTYPES:
+        raise ValueError(f"{op}: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
+    (T, K), dtype = x.shape, x.dtype
+    if weight.ndim != 2 or weight.shape[1] != K or weight.dtype != dtype:
+        want = f"{show(dtype)}[N, {K}]"
+        raise ValueError(f"{op}: weight must be {want}, got {show(weight)}")
+    N = weight.shape[0]
+    if bias is not None and (bias.shape != (N,) or bias.dtype != dtype):
+        want = f"{show(dtype)}[{N}]"
+        raise ValueError(f"{op}: bias must be {want} like weight, got {show(bias)}")
+    for name, t in like_result.items():
+        if t is not None and (t.shape != (T, N) or t.dtype != dtype):
+            want = f"{show(dtype)}[{T}, {N}]"
+            raise ValueError(f"{op}: {name} must be {want} like the result, got {show(t)}")
+    launch.check_num_tokens(op, num_tokens)
+
+
 def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None):
     """x W^T + bias, GELU of it if asked for, and residual added.
 
@@ -633,20 +648,7 @@ def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None
     """
     if activation not in (None, "gelu"):
         raise ValueError(f'linear: activation must be None or "gelu", got {activation!r}')
-    if x.ndim != 2 or x.dtype not in DTYPES:
-        raise ValueError(f"linear: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
-    (T, K), dtype = x.shape, x.dtype
-    if weight.ndim != 2 or weight.shape[1] != K or weight.dtype != dtype:
-        want = f"{show(dtype)}[N, {K}]"
-        raise ValueError(f"linear: weight must be {want}, got {show(weight)}")
-    N = weight.shape[0]
-    if bias is not None and (bias.shape != (N,) or bias.dtype != dtype):
-        want = f"{show(dtype)}[{N}]"
-        raise ValueError(f"linear: bias must be {want} like weight, got {show(bias)}")
-    if residual is not None and (residual.shape != (T, N) or residual.dtype != dtype):
-        want = f"{show(dtype)}[{T}, {N}]"
-        raise ValueError(f"linear: residual must be {want} like the result, got {show(residual)}")
-    launch.check_num_tokens("linear", num_tokens)
+    check_product("linear", x, weight, bias, num_tokens, residual=residual)
     if launch.is_recorded():
         return _Linear.apply(x, weight, bias, activation, residual, num_tokens)
     return _linear(x, weight, bias, activation, residual, num_tokens)

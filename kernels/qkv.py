@@ -89,7 +89,7 @@ def _forward_kernel(
 # -- launchers ------------------------------------------------------------------------------
 def _config(T, N, K, itemsize, precision):
     config = tile_of(T, N, itemsize, precision, launch.arch(), launch.multiprocessors(), parts=3)
-    key = {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
+    key = launch.product_key(N, K, itemsize, precision)
     return launch.configuration("qkv", config, rows=T, **key)
 
 

@@ -120,7 +120,7 @@ def _sum_kernel(
 # -- launchers ------------------------------------------------------------------------------
 def _tile(itemsize, precision, arch):
     """BLOCK_N, BLOCK_K, BLOCK_T, warps, stages. Not yet measured."""
-    if itemsize == 4 and precision == "ieee":  # on no tensor core of NVIDIA's
+    if launch.is_exact(itemsize, precision):
         return (64, 64, 32, 4, 2)
     if isinstance(arch, str):
         tile = (64, 64, 64, 4, 2)
@@ -135,8 +135,13 @@ def _tile(itemsize, precision, arch):
 def _config(N, K, itemsize, precision):
     names = "BLOCK_N", "BLOCK_K", "BLOCK_T", "num_warps", "num_stages"
     config = dict(zip(names, _tile(itemsize, precision, launch.arch())))
-    key = {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
+    key = launch.product_key(N, K, itemsize, precision)
     return launch.configuration("weight_gradient", config, **key)
+
+
+def _tiles(N, K, BLOCK_N, BLOCK_K):
+    """Of dweight, and those of dbias."""
+    return ceil_div(N, BLOCK_N) * (ceil_div(K, BLOCK_K) + 1)
 
 
 @functools.lru_cache(1024)  # a launch comes here
@@ -161,7 +166,7 @@ def _backward(out, dy, x, num_tokens):
     (T, N), K = dy.shape, x.shape[1]
     precision = launch.precision(x)
     config = _config(N, K, x.itemsize, precision)
-    tiles = ceil_div(N, config["BLOCK_N"]) * (ceil_div(K, config["BLOCK_K"]) + 1)
+    tiles = _tiles(N, K, config["BLOCK_N"], config["BLOCK_K"])
     parts = _parts(T, tiles, launch.multiprocessors(), config["BLOCK_T"])
     to, size = (dweight, dbias), N * K
     if parts > 1:
@@ -238,8 +243,10 @@ def _fuzz(rng):
     return case
 
 
-def _cost(itemsize, T, N, K, parts=3, **_):
-    """With sums of parts in fp32, written and read."""
+def _cost(itemsize, T, N, K, **_):
+    """With sums of parts in fp32, written and read; on an H100."""
+    BLOCK_N, BLOCK_K, BLOCK_T, *_ = _tile(itemsize, "ieee", 80 if launch.INTERPRET else 90)
+    parts = _parts(T, _tiles(N, K, BLOCK_N, BLOCK_K), 132, BLOCK_T)
     size = (N * K + N) * (parts > 1)
     flops = T * N * (2 * K + 1) + parts * size
     return flops, (T * (N + K) + N * K + N) * itemsize + 8 * parts * size

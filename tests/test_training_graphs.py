@@ -10,7 +10,7 @@ import io
 
 import pytest
 import torch
-from models import B, S, fast_calls, ids_of, masks
+from models import B, fast_calls, ids_of, masks
 from test_graphs import DEVICE, GPU, Recording, a_stand_in, count, encoder_of, inputs_of, pair
 
 import bert_fast
@@ -382,7 +382,6 @@ def test_where_recording_fails_the_step_does_not(error, monkeypatch, caplog):
     assert caplog.text.count("CUDA graphs are off") == 1
     why = f"{type(error).__name__} while recording, {error}"
     assert f"    0 CUDA graphs of training, off: {why}" in str(bert_fast.report(model))
-    monkeypatch.undo()
 
 
 def test_out_of_memory_in_a_replay_drops_them(monkeypatch, caplog):
@@ -438,5 +437,4 @@ def test_encoders_inside_another_module():
         step(model["text"], **inputs_of())
     assert training_graphs_of(encoder_of(model)).count == 1
     bert_fast.accelerate(plain, training_graphs=True)
-    assert training_graphs_of(encoder_of(plain)) is not None
-    assert S and plain
+    assert training_graphs_of(encoder_of(plain)).count == 0
