@@ -84,12 +84,14 @@ class Architecture:
         crosses = self.cross_attention and getattr(layer, "add_cross_attention", False)
         return (self.attention, self.cross_attention) if crosses else (self.attention,)
 
+    def module(self):
+        """Where transformers has it."""
+        name = self.model_type.replace("-", "_")
+        return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
     def classes(self):
         """The classes that its encoder may be made of."""
-        name = self.model_type.replace("-", "_")
-        package = f"transformers.models.{name}.modeling_{name}"
-        module = importlib.import_module(package)
-        return {getattr(module, name) for name in self.parts}
+        return {getattr(self.module(), name) for name in self.parts}
 
 
 def _after_padding(model, input_ids, inputs_embeds):

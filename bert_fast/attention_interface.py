@@ -25,6 +25,7 @@ from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from . import kernels as ops
+from .coverage import is_transformed
 from .encoder import Tokens
 from .kernels.attention import MAX_D
 from .kernels.dropout import new_seeds
@@ -175,6 +176,8 @@ def _reason(query, key, value, mask, causal, kwargs):
             return f"keyword {name}"
     if mask is not None and mask.ndim == 4:
         return "4-D attention_mask"
+    if is_transformed():
+        return "torch.func or forward-mode AD"
     if reason := ops.missing(query.device):
         return reason
     if query.dtype not in DTYPES:

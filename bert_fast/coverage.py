@@ -11,12 +11,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .architectures import ARCHITECTURES, at
 from .encoder import asks_for_gradients, checkpoints
 from .kernels import missing
 from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
+from .kernels.layer_norm import MAX_N
 from .seen import HOOKS, forget, see, seen
 
 try:  # in later transformers 5; before, recording replaces `forward` on the modules meanwhile
@@ -35,6 +37,12 @@ CHUNKS = {kind: vars(kind).get("feed_forward_chunk") for kind in MODULES}
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
 }  # fmt: skip
+# What they stand for, as it is before anybody replaces it.
+FUNCTIONS = dict(ALL_ATTENTION_FUNCTIONS)
+EAGER = {
+    a.model_type: (a.module(), getattr(a.module(), "eager_attention_forward", None))
+    for a in ARCHITECTURES
+}
 # A name of torch's own, which it may change.
 _in_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 # Keywords of transformers that a forward may carry without any effect on the encoder.
@@ -161,11 +169,28 @@ def reason_of_model(model):
     stock, forward = model.stock
     if stock.forward is not forward:
         return f"forward replaced on transformers.{stock.__name__}"
-    if nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks:
+    if any(getattr(nn_module, f"_global{name}", None) for name in HOOKS):
         return "global module hooks"
+    if reason := _reason_of_stock(model, stock, implementation):
+        return reason
     if output_capturing is not None and output_capturing._active_collector.get():
         return "an outer model records outputs of these modules"
     return _first_reason(model, dtype, device)
+
+
+def _reason_of_stock(model, stock, implementation):
+    """As reason_of_model, of what stock's forward calls by a name, where somebody may have put
+    something else."""
+    name = "_create_attention_masks"
+    if name in model.__dict__ or getattr(type(model), name, None) is not getattr(stock, name, None):
+        return f"{name} replaced"
+    module, eager = EAGER[model.architecture.model_type]
+    if implementation == "eager" and getattr(module, "eager_attention_forward", None) is not eager:
+        return "eager_attention_forward replaced"
+    known = FUNCTIONS.get(implementation)
+    if known is not None and ALL_ATTENTION_FUNCTIONS.get(implementation) is not known:
+        return f"another function registered as attn_implementation {implementation}"
+    return None
 
 
 def _reason_of_lengths(model):
@@ -266,19 +291,30 @@ def _first_reason(model, dtype, device):
     return reason
 
 
+def parts_of(model):
+    """The modules in which all is that the kernels compute: a list."""
+    names = "embeddings", model.architecture.project, model.architecture.encoder
+    return [model._modules[name] for name in names if name in model._modules]
+
+
 def _reason_of_modules(model, dtype, device):
     """(the reason or None, the modules)"""
     architecture = model.architecture
     index = device.index if device.type == "cuda" else -1  # as Tensor.get_device has it
     place = index, at(model, architecture.embeddings.word).weight.is_meta
-    names = ("embeddings", architecture.project, architecture.encoder)
-    todo = [model._modules[name] for name in names if name in model._modules]
+    todo = parts_of(model)
     for module in todo:
         if reason := _reason_of_module(module, dtype, place):
             return f"{_path(model, module)}: {reason}", todo
-        todo += module._modules.values()
+        todo += [m for m in module._modules.values() if m is not None]
+    hidden = at(model, architecture.embeddings.norm).weight.shape[-1]
+    layers = architecture.layers(model)
+    if layers:
+        hidden = max(hidden, at(layers[0], architecture.feed_forward.norm).weight.shape[-1])
+    if hidden > MAX_N:
+        return f"hidden size {hidden}, the kernels take {MAX_N} at most", todo
     heads, is_decoder = setting(model, "num_attention_heads"), decodes(model)
-    for layer in architecture.layers(model):
+    for layer in layers:
         if reason := _reason_of_layer(architecture, layer, heads, is_decoder):
             return f"{_path(model, layer)}: {reason}", todo
     return None, todo

@@ -176,13 +176,19 @@ def encode(ids, model, pooling="cls", batch_tokens=8192, track=iter):
     """
     if pooling not in POOLINGS:
         raise ValueError(f"encode: pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if empty := [i for i, row in enumerate(ids) if len(row) == 0]:
+        raise ValueError(f"encode: each text must have a token id, text {empty[0]} has none")
     out = torch.empty(len(ids), model.config.hidden_size)
     for batch in track(batches([len(row) for row in ids], batch_tokens)):
         rows = [torch.tensor(ids[i]) for i in batch]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         mask = mask.to(model.device)
         input_ids = pad_sequence(rows, batch_first=True).to(model.device)
-        hidden = model(input_ids, attention_mask=mask).last_hidden_state.float()
+        hidden = model(input_ids, attention_mask=mask).get("last_hidden_state")
+        if hidden is None:
+            kind = type(model).__name__
+            raise ValueError(f"encode: model must be an encoder, got {kind}; give its base_model")
+        hidden = hidden.float()
         if pooling == "cls":
             pooled = hidden[:, 0]
         else:

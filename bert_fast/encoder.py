@@ -92,7 +92,9 @@ def embed(model, inputs, tokens, seeds):
         inputs.input_ids,
         word,
         _frozen_row(parts.position.weight, parts.position.padding_idx),
-        parts.token_type.weight if parts.token_type else word.new_zeros(1, word.shape[1]),
+        _frozen_row(parts.token_type.weight, parts.token_type.padding_idx)
+        if parts.token_type
+        else word.new_zeros(1, word.shape[1]),
         norm.weight,
         norm.bias,
         inputs_embeds=inputs.inputs_embeds,
@@ -140,9 +142,8 @@ def _frozen_row(table, padding_idx):
     return _FrozenRow.apply(table, padding_idx)
 
 
-def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, cache=None, index=0):
-    """One layer: x [T, H] -> [T, H]. A cache of transformers gets its keys and values, as layer
-    `index`."""
+def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, cache=None):
+    """One layer: x [T, H] -> [T, H]. A cache of transformers gets its keys and values."""
     part, feed_forward = find(layer, architecture.attention), find(layer, architecture.feed_forward)
     if memory is None and cache is None and is_recorded():
         modules = (
@@ -153,11 +154,11 @@ def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, ca
         if is_trained(x, parameters):
             settings = _settings(part, feed_forward, x, tokens, seeds, causal)
             return trained_layer(x, settings, parameters)
-    o = _attend(part, x, tokens, seeds, causal, cache, index)
+    o = _attend(part, x, tokens, seeds, causal, cache)
     x = _add_norm(part, part.dense, o, x, tokens, seeds)
     if memory is not None:
         part = find(layer, architecture.cross_attention)
-        o = _attend_to(part, x, tokens, seeds, memory, cache, index)
+        o = _attend_to(part, x, tokens, seeds, memory, cache)
         x = _add_norm(part, part.dense, o, x, tokens, seeds)
     h = _product(feed_forward.up, x, tokens, "gelu")
     return _add_norm(feed_forward, feed_forward.down, h, x, tokens, seeds)
@@ -206,11 +207,11 @@ def _again(drawn, seeds):
         yield seed
 
 
-def _attend(part, x, tokens, seeds, causal, cache, index):
+def _attend(part, x, tokens, seeds, causal, cache):
     """Self attention: x [T, H] -> [T, H]."""
     q, k, v = _query_key_value(part, x, tokens)
     if cache is not None:
-        _keep(getattr(cache, "self_attention_cache", cache), index, k, v, tokens)
+        _keep(getattr(cache, "self_attention_cache", cache), part.core.layer_idx, k, v, tokens)
     o = ops.attention(
         q, k, v, tokens.cu_seqlens, tokens.shape[1],
         causal=causal, scale=part.core.scaling, num_tokens=tokens.num_tokens,
@@ -219,13 +220,13 @@ def _attend(part, x, tokens, seeds, causal, cache, index):
     return o.flatten(1)
 
 
-def _attend_to(part, x, tokens, seeds, memory, cache, index):
+def _attend_to(part, x, tokens, seeds, memory, cache):
     """Cross attention: x [T, H] asks, memory [Tk, H] answers -> [T, H]."""
     q = _heads(part, _product(part.query, x, tokens))
     k, v = (_heads(part, _product(m, *memory)) for m in (part.key, part.value))
     if cache is not None:
-        _keep(cache.cross_attention_cache, index, k, v, memory.tokens)
-        cache.is_updated[index] = True
+        _keep(cache.cross_attention_cache, part.core.layer_idx, k, v, memory.tokens)
+        cache.is_updated[part.core.layer_idx] = True
     o = ops.attention(
         q, k, v, tokens.cu_seqlens, tokens.shape[1],
         cu_seqlens_k=memory.tokens.cu_seqlens, max_seqlen_k=memory.tokens.shape[1],
@@ -318,6 +319,7 @@ def _drop(dropout, x, tokens, seeds, residual=None):
 
 
 def _keep(cache, index, k, v, tokens):
-    """Put k and v [T, heads, D] into layer `index` of a cache, at their positions."""
+    """Put k and v [T, heads, D] into a cache at their positions, as those of layer `index`: of the
+    number that stock's attention has, whatever layers have been taken out or moved."""
     k, v = (tokens.unpack(t.flatten(1)).unflatten(2, t.shape[1:]).transpose(1, 2) for t in (k, v))
     cache.update(k, v, index)

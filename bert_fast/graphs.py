@@ -23,6 +23,8 @@ Memory          one pool for the graphs of a model: what the largest bucket need
 
 import collections
 import contextlib
+import functools
+import gc
 import logging
 import threading
 import weakref
@@ -52,9 +54,11 @@ class Bucket(NamedTuple):
     B: int
     S: int
     inputs: tuple  # (name, dtype, width or nothing) of each that is given; the mask always is
-    tables: tuple  # rows of each embedding; kernels stop at ids past the table that they know
+    tables: tuple  # rows of each embedding, as kernels stop at ids past the table that they know,
+    # and where the first is: an FSDP frees it between calls, and a replay is not to read it then
     allows_tf32: bool
-    training: tuple | None  # of a graph of training, (dtype of autocast or None,)
+    training: tuple | None  # of a graph of training: dtype of autocast or None, and whether
+    # deterministic algorithms are asked for
 
 
 def bucket_of(model, inputs, kwargs, training=None):
@@ -70,6 +74,8 @@ def bucket_of(model, inputs, kwargs, training=None):
     if training is None and torch.is_autocast_enabled(x.device.type):
         return None
     if decodes(model) or asked(model, kwargs, "output_hidden_states"):
+        return None
+    if asked(model, kwargs, "output_attentions"):
         return None
     B, S = x.shape[:2]
     mask = inputs.attention_mask
@@ -99,12 +105,14 @@ COPIED = "input_ids", "inputs_embeds", "token_type_ids", "position_ids"
 
 
 def _tables(model):
-    """(rows of the embeddings, tokens of a sequence that have a position), as they are now: where
-    an id is outside of a table, the kernel of an old graph stops, and with it the process."""
+    """(rows of the embeddings and the place of the first, tokens of a sequence that have a
+    position), as they are now: where an id is outside of a table, the kernel of an old graph stops,
+    and with it the process."""
     paths = model.architecture.embeddings
     places = filter(None, (paths.word, paths.position, paths.token_type))
-    rows = tuple([at(model, path).weight.shape[0] for path in places])
-    return rows, rows[1] - first_position(model)
+    weights = [at(model, path).weight for path in places]
+    rows = [weight.shape[0] for weight in weights]
+    return (*rows, weights[0].data_ptr()), rows[1] - first_position(model)
 
 
 def _size(B):
@@ -117,10 +125,11 @@ class Graph:
     """A forward of model, recorded for a bucket; `inputs` are like those of its calls."""
 
     def __init__(self, model, bucket, inputs, pool):
-        device = model.device
+        device = device_of(model)
         with torch.inference_mode(False), torch.no_grad():  # else only inference could write them
             static = self._hold(bucket, inputs, device)
-            self.replay, self.last = _record(lambda: model._encode(static)[0], pool, device)
+            with drawing_undone(device):
+                self.replay, self.last = _record(lambda: model._encode(static)[0], pool, device)
 
     def _hold(self, bucket, inputs, device):
         """Inputs of the shape of a bucket, to be written to, with those of a call in them."""
@@ -152,14 +161,29 @@ class Graph:
         return B, S
 
 
-# The next four are CUDA's own.
+def device_of(model):
+    """Where its weights are; also of a replica of DataParallel's, which has no parameters."""
+    return at(model, model.architecture.embeddings.word).weight.device
+
+
+def drawing_undone(device):
+    """A call draws what it would draw without a graph, also where it is recorded."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+# The next seven are CUDA's own.
 def there_are(device):
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def _new_pool(device):
     """Memory for graphs, and the stream to record them in: memory is used again in one alone."""
-    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    return torch.cuda.graph_pool_handle(), _recording_stream(device)
+
+
+@functools.cache  # torch has 32, and gives the next to whoever asks, also where one is in use
+def _recording_stream(device):
+    return torch.cuda.Stream(device)
 
 
 def _record(forward, pool, device):
@@ -170,14 +194,47 @@ def _record(forward, pool, device):
         with torch.cuda.stream(stream):
             forward()  # a stream's first product of matrices allocates
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        graph, output = captured(forward, pool, stream)
+    return graph.replay, output
+
+
+def captured(run, pool, stream):
+    """(the graph of run(), what it returned). Other threads may go on with what a recording forbids
+    this one. No garbage is collected, as graphs among it would be destroyed, which breaks the
+    capture."""
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    gc.disable()
+    try:
         with (
             torch.cuda.stream(torch.cuda.current_stream()),  # also where ending a capture raises
-            # Other threads may go on with what a recording forbids.
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
-            output = forward()
-    return graph.replay, output
+            return graph, run()
+    except Exception:
+        _finish_broken_capture(pool, stream)
+        raise
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _finish_broken_capture(pool, stream):
+    """What torch leaves undone where a capture was not valid (pytorch issues 180395, 172390): the
+    allocator goes on to fill the pool and frees nothing, and numbers cannot be drawn."""
+    try:  # names that are torch's own, as its inductor calls them
+        torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+        torch._C._cuda_releasePool(stream.device_index, pool)
+    except (AttributeError, RuntimeError):
+        return  # nothing was left undone
+    number = torch.zeros(1, device=stream.device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),
+    ):
+        number.zero_()  # the end of a capture that is valid
+
+
 
 
 @contextlib.contextmanager
@@ -229,7 +286,7 @@ class Graphs:
         self._graphs = collections.OrderedDict()  # Bucket -> Graph, in the order of use
         self._seen = set()  # buckets that have run without a graph
         self._recorded = None  # what is the same in all graphs, as _burnt_in has it
-        self._of_seen = None  # the Seen of the model when that was compared
+        self._of_seen = None  # refers to the Seen of the model when that was compared
         self._weights = ()  # keeps the memory that they read
         self._pool = None
 
@@ -272,10 +329,10 @@ class Graphs:
         """Drop graphs that are not of model as it is, which has been looked at in this call."""
         with self._lock:
             now = seen(model)
-            if self._recorded is None or (now is not None and now is self._of_seen):
+            if self._recorded is None or (now is not None and now is referred(self._of_seen)):
                 return
             if self._recorded == _burnt_in(model):
-                self._of_seen = now
+                self._of_seen = now and weakref.ref(now)
             else:
                 self.drop()
 
@@ -312,21 +369,36 @@ class Graphs:
         """last_hidden_state of a new graph; None where it could not be recorded."""
         try:
             with _recording:
-                self._pool = self._pool or _new_pool(model.device)
+                self._pool = self._pool or _new_pool(device_of(model))
                 graph = self._new_graph(model, bucket, inputs)
-            if self._recorded is None:
-                self._recorded = _burnt_in(model)
-                self._of_seen = seen(model)
-                self._weights = [p.detach() for p in model.parameters()]
-            last = self._run(bucket, graph, inputs)
-            self._failures = 0
-            return last
-        except RuntimeError as error:
+        except Exception as error:  # Triton's are of classes of their own
             self._failures += 1
             why = f"{type(error).__name__} while recording, {error}"
             over = self._failures == ATTEMPTS or isinstance(error, torch.OutOfMemoryError)
             self.drop(why if over else None)
-        return None
+            return None
+        self._failures = 0
+        if self._recorded is None:
+            now = seen(model)
+            self._recorded, self._of_seen = _burnt_in(model), now and weakref.ref(now)
+            self._weights = [p.detach() for p in model.parameters()]
+        try:
+            return self._run(bucket, graph, inputs)
+        except torch.OutOfMemoryError as error:
+            self.drop(f"out of memory, {error}")
+            return None
+
+    def __del__(self):
+        if not (self._done and torch.cuda.is_current_stream_capturing()):  # which may not wait
+            self._finish_replays()
+
+
+def referred(reference):
+    """What a weak reference (or None) refers to, or None."""
+    return reference and reference()
+
+
+NUMBERS = "eps", "scaling", "training", "p", "attention_head_size", "padding_idx"
 
 
 def _burnt_in(model):
@@ -334,10 +406,10 @@ def _burnt_in(model):
     modules, found = [model], []
     for module in modules:
         state = module.__dict__
-        found.append([state.get(name) for name in ("eps", "scaling", "training", "p")])
-        for p in state["_parameters"].values():
-            if p is not None:
-                found.append((p.data_ptr(), p.dtype, p.shape))
+        found.append([state.get(name) for name in NUMBERS])
+        for p in (*state["_parameters"].values(), *state.values()):
+            if isinstance(p, torch.Tensor):
+                found.append((p.data_ptr(), p.dtype, p.shape, p.stride()))
         modules += [m for m in state["_modules"].values() if m is not None]
     return found
 

@@ -69,7 +69,7 @@ def check(model, inputs):
         if t is None or t.shape in ((B, S), (1, S)):
             continue
         if t.ndim <= 2 and all(n in (1, m) for n, m in zip(t.shape[::-1], (S, B))):
-            return f"{other_name} of shape {list(t.shape)}, which stock broadcasts"
+            return f"{other_name} of a shape that stock broadcasts"
         raise ValueError(
             f"{me}: {other_name} must be [{B}, {S}] like {name}, got {list(t.shape)}"
         )

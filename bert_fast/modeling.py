@@ -103,7 +103,11 @@ class _Encoder:
         graphs = graphs_of(self)
         bucket = bucket_of(self, given, kwargs) if graphs else None
         played = graphs.replay(bucket, given) if bucket else None
-        reason = reason_of_call(self, given, kwargs) or reason_of_model(self)
+        reason = reason_of_call(self, given, kwargs)
+        if reason is None:
+            reason = reason_of_model(self)
+            if reason is not None and played is not None:
+                graphs.drop()  # of another model than this one is now
         if reason is None:
             reason = check(self, given)
         if torch.compiler.is_compiling():
@@ -163,13 +167,13 @@ class _Encoder:
         seeds = new_seeds(1 + 5 * len(layers), device)  # two attentions have four dropouts
         x = embed(self, inputs, tokens, seeds)
         states, causal = [], decodes(self)
-        for index, layer in enumerate(layers):
+        for layer in layers:
             if wanted:
                 states.append(tokens.unpack(x))
             if checkpoints(layer):  # then there is no cache, see coverage.py
                 x = checkpointed(architecture, layer, x, tokens, seeds, causal, memory)
                 continue
-            x = layer_forward(architecture, layer, x, tokens, seeds, causal, memory, cache, index)
+            x = layer_forward(architecture, layer, x, tokens, seeds, causal, memory, cache)
         return tokens.unpack(x), states, cache
 
     def _output(self, last, kwargs, cache=None, states=None):

@@ -36,7 +36,7 @@ def _find_dict_version():
 
 
 dict_version = _find_dict_version()
-_kind_of = operator.attrgetter("dtype", "shape")
+_dtype_of = operator.attrgetter("dtype")
 CONTENTS = "_modules", "_parameters", "_buffers"
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
@@ -45,6 +45,7 @@ class Seen:
     """Some modules, `beside` what else matters: anything that compares."""
 
     def __init__(self, model, modules, beside):
+        self.of = weakref.ref(model)
         states = [m.__dict__ for m in modules]
         contents = [s[name] for s in states for name in CONTENTS]
         self._modules, self._beside = modules, beside
@@ -60,6 +61,9 @@ class Seen:
         self._places = self._places_now()
         self._buffers = [t for s in states for t in s["_buffers"].values() if t is not None]
         self._writes = self._writes_now()
+
+    def __reduce__(self):  # a copy of a model, or one from a file, has not been looked at
+        return type(None), ()
 
     def _versions_now(self):
         return dict_version and list(map(dict_version, self._live))
@@ -78,7 +82,12 @@ class Seen:
         return [tuple(hooks.values()) for hooks in filter(None, self._hooks)]
 
     def _places_now(self):
-        return [*map(torch.Tensor.data_ptr, self._weights), *map(_kind_of, self._weights)]
+        """In place of their shape, how many numbers they have, which takes half the time."""
+        weights, of = self._weights, torch.Tensor
+        return [
+            *map(of.data_ptr, weights), *map(of.stride, weights), *map(of.numel, weights),
+            *map(_dtype_of, weights),
+        ]  # fmt: skip
 
     def _writes_now(self):
         return [None if t.is_inference() else t._version for t in self._buffers]
@@ -103,19 +112,18 @@ def _methods_of(kinds):
     return {kind: (kind.forward, kind.__dict__.get("feed_forward_chunk")) for kind in kinds}
 
 
-_of_models = weakref.WeakKeyDictionary()
-
-
 def seen(model):
-    """The Seen of a model, or None."""
-    return _of_models.get(model)
+    """The Seen of a model, or None. It is with the model, as what it holds may hold the model; and
+    not that of another, as DataParallel's replicas begin with all that the model has."""
+    found = model.__dict__.get("_bert_fast_seen")
+    return found if found is not None and found.of() is model else None
 
 
 def see(model, modules, beside):
     """Keep the modules of a model as they are."""
     if not any(p.is_meta for m in modules for p in m.parameters(recurse=False)):
-        _of_models[model] = Seen(model, modules, beside)
+        model.__dict__["_bert_fast_seen"] = Seen(model, modules, beside)
 
 
 def forget(model):
-    _of_models.pop(model, None)
+    model.__dict__.pop("_bert_fast_seen", None)

@@ -13,6 +13,7 @@ The result is LayerNorm(f). Under autocast x, m, a and f are wider than the rest
 the residual: then a and f are pairs.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -93,10 +94,11 @@ class _Layer(torch.autograd.Function):
         f = _summands(h, p.down, p.down_bias, m, s.after_feed_forward, s)
         ctx.save_for_backward(narrow_x, y, o, *a, narrow_m, h, *f, *p)
         ctx.settings = s
+        ctx.parameters = parameters if s.dtype else ()  # of which copies are saved
         return ops.layer_norm(f[0], p.last_norm, p.last_norm_bias, f[1], s.eps[1], s.num_tokens)
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, sources=lambda ctx: (*ctx.saved_tensors, *ctx.parameters))
     def backward(ctx, dy):
         with torch.autocast(dy.device.type, enabled=False), directly(dy.device, (dy,)):
             return _backward(dy, ctx.settings, *ctx.saved_tensors)

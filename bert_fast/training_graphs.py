@@ -10,31 +10,41 @@ Off until somebody asks, accelerate(model, training_graphs=True): no GPU has tim
 
 Which calls     those that graphs.py would record, but with gradients, under autocast too. Not of
                 inputs_embeds that want gradients; not with gradient checkpointing, hooks on the
-                word embedding or anomaly detection; and not in a process group, as all gradients
-                come at once, and leave nothing to hide their exchange behind.
+                word embedding or on what autograd saves, or anomaly detection; and not in a process
+                group, as all gradients come at once, and leave nothing to hide their exchange
+                behind.
 One at a time   What a forward left is overwritten by the next. So while the output of one is alive
                 and its backward has not run (two texts a step, an output that is kept), further
                 calls run without a graph. A backward that keeps its graph may run again until the
                 output is gone; another is an error, as it is without.
 Memory          As stock's, of the largest bucket, whose padding is stored: bucket and not tokens;
-                and twice that of the gradients of the encoder's weights.
+                and twice that of the gradients of the encoder's weights. These come as views of one
+                tensor: who keeps one of them keeps all.
 When recorded, when dropped   As in graphs.py. train() and eval() drop nothing: graphs of training
                 are beside the others. All go where other weights are to be trained.
 """
 
 import weakref
+from functools import partial
 
 import torch
 
 from . import graphs
 from .architectures import at
+from .coverage import parts_of
 from .encoder import autocast_dtype, checkpoints
-from .graphs import Graphs, OfModels, bucket_of
+from .graphs import Graphs, OfModels, bucket_of, captured, device_of, drawing_undone, referred
 from .kernels.launch import once_differentiable
 from .seen import seen
 
 # Whether the backward that runs was told to keep its graph; private to torch, without which it may.
 _keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+# What torch.utils.checkpoint, save_on_cpu and the like have put on what autograd saves, or None.
+_saves_elsewhere = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: None
+)
 
 
 def _may_record(model, inputs):
@@ -45,6 +55,7 @@ def _may_record(model, inputs):
         or word._forward_hooks
         or any(map(checkpoints, model.architecture.layers(model)))
         or torch.is_anomaly_enabled()
+        or _saves_elsewhere(True) is not None
         or (torch.distributed.is_available() and torch.distributed.is_initialized())
     )
 
@@ -55,10 +66,10 @@ class _Graph(graphs.Graph):
     of parameters in flat, one after the other."""
 
     def __init__(self, model, bucket, inputs, pool, parameters, flat):
-        self.parameters, self.flat = parameters, flat
-        self.is_used = ()  # whether each parameter has a gradient
+        self.flat, self._all = flat, parameters
         grads = _parts(flat, parameters)
-        encode, leaves = _on_leaves_of_its_own(model, parameters)
+        # Kept, as whoever gives a weight other memory does not know of the backward to come.
+        encode, self._leaves = _on_leaves_of_its_own(model, parameters)
         with torch.inference_mode(False):
             static = self._hold(bucket, inputs, flat.device)
             shape = bucket.B, bucket.S, model.config.hidden_size
@@ -70,25 +81,24 @@ class _Graph(graphs.Graph):
             def backward(last):
                 # Kept, as it may run again: else what it has read makes room for what it computes.
                 found = torch.autograd.grad(
-                    last, leaves, self.dlast, retain_graph=True, allow_unused=True
+                    last, self._leaves, self.dlast, retain_graph=True, allow_unused=True
                 )
-                self.is_used = tuple([d is not None for d in found])
-                used = [(to, d) for to, d in zip(grads, found) if d is not None]
-                torch._foreach_copy_(*map(list, zip(*used)))
+                self._used = [i for i, d in enumerate(found) if d is not None]
+                torch._foreach_copy_([grads[i] for i in self._used], [found[i] for i in self._used])
 
-            # A step draws what it would draw without a graph, also where it is recorded.
-            with torch.random.fork_rng([flat.device] if flat.is_cuda else []):
+            with drawing_undone(flat.device):
                 recorded = _record(forward, backward, pool, flat.device)
+        self.parameters = [parameters[i] for i in self._used]  # that get a gradient
         self.replay, self.replay_backward, last = recorded
         self.last = last.detach()
 
     def run_backward(self, dlast):
-        """The gradient of each parameter, or None: tensors of the caller's own."""
+        """The gradient of each of parameters: tensors of the caller's own."""
         B, S = dlast.shape[:2]
         self.dlast[:B, :S] = dlast  # of what else is there nothing is a token
         self.replay_backward()
-        grads = _parts(self.flat.clone(), self.parameters)
-        return [d if used else None for d, used in zip(grads, self.is_used)]
+        grads = _parts(self.flat.clone(), self._all)
+        return [grads[i] for i in self._used]
 
 
 class _Encoding(torch.nn.Module):
@@ -124,19 +134,14 @@ def _parts(flat, tensors):
 def _record(forward, backward, pool, device):
     """forward() -> tensor and backward(tensor) as graphs: what replays each, and the tensor."""
     pool, stream = pool
-    recorded = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
     with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             backward(forward())  # compiles, and a stream's first product of matrices allocates
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.stream(torch.cuda.current_stream()):  # also where ending a capture raises
-            with torch.cuda.graph(recorded[0], **how):
-                last = forward()
-            with torch.cuda.graph(recorded[1], **how):
-                backward(last)
-    return *(graph.replay for graph in recorded), last
+        of_forward, last = captured(forward, pool, stream)
+        of_backward, _ = captured(lambda: backward(last), pool, stream)
+    return of_forward.replay, of_backward.replay, last
 
 
 # -- a step ---------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ class _Replayed(torch.autograd.Function):
         return run()
 
     @staticmethod
-    @once_differentiable
+    @partial(once_differentiable, sources=lambda ctx: ctx.step.graph.parameters)
     def backward(ctx, dlast):
         return None, None, *ctx.step.backward(dlast)
 
@@ -196,7 +201,8 @@ class TrainingGraphs(Graphs):
             if step is not None and not step.is_done:
                 return None
             self.check(model)
-            bucket = bucket_of(model, inputs, kwargs, (autocast_dtype(model.device),))
+            how = autocast_dtype(device_of(model)), torch.are_deterministic_algorithms_enabled()
+            bucket = bucket_of(model, inputs, kwargs, how)
             if bucket is None or not self._take_stock(model):
                 return None
             graph = self._graphs.get(bucket)
@@ -212,13 +218,13 @@ class TrainingGraphs(Graphs):
     def _take_stock(self, model):
         """Whether there are weights to train, of one dtype. Graphs that train others go."""
         now = seen(model)
-        if now is None or now is not self._of_listed:
-            self._listed, self._of_listed = list(model.parameters()), now
+        if now is None or now is not referred(self._of_listed):
+            self._listed, self._of_listed = _weights_of(model), now and weakref.ref(now)
         trained = [p for p in self._listed if p.requires_grad]
         if list(map(id, trained)) != list(map(id, self._trained)):
             self.drop()
             self._trained = trained
-        return len({p.dtype for p in trained}) == 1
+        return len({p.dtype for p in trained}) == 1 and all(map(_is_parameter, trained))
 
     def _new_graph(self, model, bucket, inputs):
         if self._flat is None:
@@ -237,6 +243,18 @@ class TrainingGraphs(Graphs):
     def run_backward(self, graph, dlast):
         with self._lock, graphs.in_turn(self._done, dlast.device) as self._done:
             return graph.run_backward(dlast)
+
+
+def _is_parameter(t):
+    return isinstance(t, torch.nn.Parameter)
+
+
+def _weights_of(model):
+    """What the encoder reads, and the pooler does not; also what stands in a weight's place."""
+    found = []
+    for module in (m for part in parts_of(model) for m in part.modules()):
+        found += [*module._parameters.values(), *module.__dict__.values()]
+    return list(dict.fromkeys(t for t in found if isinstance(t, torch.Tensor)))
 
 
 of_training = OfModels(TrainingGraphs, "_bert_fast_training_graphs", marks_off=False)

@@ -243,15 +243,63 @@ def is_recorded():
     )
 
 
-def once_differentiable(backward):
-    """torch.autograd.function.once_differentiable, which makes a second derivative an error; where
-    nobody asks for one it takes 8 us, and is passed over."""
-    checked = torch.autograd.function.once_differentiable(backward)
+def once_differentiable(backward, sources=lambda ctx: ctx.saved_tensors):
+    """A backward whose gradients have none of their own: a second derivative, in whatever way it is
+    asked for, is an error. With torch's once_differentiable it is none where the gradients that
+    come in do not require one; and as no path leads from its error to what the forward was given,
+    torch.autograd.functional has zeros for a Hessian.
+
+    sources  ctx -> tensors (or None) on which the gradients depend, beside those that come in
+    """
 
     def once(ctx, *grads):
-        return checked(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+        if torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        if _is_batched(grads):
+            raise RuntimeError(
+                "bert_fast: the backward of the kernels takes no batch of gradients"
+                " (is_grads_batched, vectorize=True); bert_fast.restore(model) has one that does"
+            )
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            given = backward(ctx, *grads)
+        found = given if isinstance(given, tuple) else (given,)
+        tensors = [t for t in found if t is not None]
+        known = [t for t in (*grads, *sources(ctx)) if t is not None and t.requires_grad]
+        if known and tensors:
+            refused = iter(_Refused.apply(tensors, *known))
+            found = tuple(t if t is None else next(refused) for t in found)
+        return found if isinstance(given, tuple) else found[0]
 
     return once
+
+
+class _Refused(torch.autograd.Function):
+    """tensors, whose gradient is an error."""
+
+    @staticmethod
+    def forward(ctx, tensors, *sources):
+        return tuple([t.view_as(t) for t in tensors])  # one may be what came in
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "bert_fast: a second derivative is asked for, and the kernels have the first alone;"
+            " bert_fast.restore(model) and attn_implementation='eager' have them all"
+        )
+
+
+_batched = [  # names that are torch's own, which it may change
+    getattr(torch._C._functorch, name)
+    for name in ("is_batchedtensor", "is_legacy_batchedtensor")
+    if hasattr(torch._C._functorch, name)
+]
+
+
+def _is_batched(grads):
+    """Whether a vmap runs a backward; autograd has one of its own."""
+    return any(t is not None and any(ask(t) for ask in _batched) for t in grads)
 
 
 def head(num_tokens, *tensors):
@@ -336,6 +384,8 @@ def start(kernel, programs, *args, **options):
         if len(_compiled) >= 10000:  # strides without end
             _compiled.clear()
         compiled = kernel[(programs,)](*args, **options, **FUSED)
+        if compiled is None:  # a hook of Triton's took the launch
+            return
         _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
         return
     compiled, constants = found
@@ -550,3 +600,9 @@ def check_num_tokens(op, num_tokens):
         return
     if num_tokens.numel() != 1 or num_tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{op}: num_tokens must be int32[1] or int64[1], got {show(num_tokens)}")
+
+
+def check_rows(op, x):
+    """Raise for more rows than the kernels of products count."""
+    if x.shape[0] >= 2**31:
+        raise ValueError(f"{op}: x must have less than 2^31 rows, got {show(x)}")

@@ -326,7 +326,7 @@ def _describable(arch, exact, *rows):
     Exact products of fp32 spill in this form."""
     has = launch.INTERPRET or (isinstance(arch, int) and arch >= 90)
     return has and not exact and all(
-        t.data_ptr() % 16 == 0 and stride * t.itemsize % 16 == 0 and t.shape[1] > 0
+        t.data_ptr() % 16 == 0 and stride * t.itemsize % 16 == 0 and stride >= t.shape[1] > 0
         for t, stride in rows
     )
 
@@ -616,6 +616,7 @@ def check_product(op, x, weight, bias, num_tokens, **like_result):
     and what is like the result, by name, [T, N] (or None)."""
     if x.ndim != 2 or x.dtype not in DTYPES:
         raise ValueError(f"{op}: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
+    launch.check_rows(op, x)
     (T, K), dtype = x.shape, x.dtype
     if weight.ndim != 2 or weight.shape[1] != K or weight.dtype != dtype:
         want = f"{show(dtype)}[N, {K}]"

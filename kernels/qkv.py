@@ -181,6 +181,7 @@ def qkv(
     """
     if x.ndim != 2 or x.dtype not in DTYPES:
         raise ValueError(f"qkv: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
+    launch.check_rows("qkv", x)
     K, dtype = x.shape[1], x.dtype
     if query_weight.ndim != 2 or query_weight.shape[1] != K or query_weight.dtype != dtype:
         want = f"{show(dtype)}[N, {K}]"

@@ -326,3 +326,15 @@ def test_what_a_model_alone_knows_is_left_to_its_own_attention(make, attentions,
 def test_an_attention_that_has_no_eager_form_in_its_file_says_what_to_do():
     with pytest.raises(ValueError, match=r'Linear was called with s_aux, .*="eager"'):
         attention_interface._eager_of(torch.nn.Linear, "keyword s_aux")
+
+
+def test_under_transforms_of_torch_func_sdpa_runs_and_is_named(device):
+    ours, theirs = pair(stock_model(device=device))
+    embeds = torch.randn(2, 7, 64, device=device)
+
+    def gradient(model):
+        return torch.func.grad(lambda x: model(inputs_embeds=x)[0].square().sum())(embeds)
+
+    torch.testing.assert_close(gradient(ours), gradient(theirs), rtol=1e-4, atol=1e-4)
+    count, reasons = counted(ours)
+    assert count == 0 and list(reasons) == ["torch.func or forward-mode AD"]

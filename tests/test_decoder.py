@@ -260,6 +260,18 @@ def test_an_empty_cache_that_is_passed_is_filled_and_returned(device):
     assert_ran_fast(fast)
 
 
+@pytest.mark.parametrize("layers", [(0, 2), (2, 1, 0)], ids=["dropped", "turned round"])
+def test_a_cache_knows_layers_by_the_number_that_stock_gives_them(layers, device):
+    stock = stock_model("BertLMHeadModel", device, is_decoder=True, num_hidden_layers=3)
+    stock.bert.encoder.layer = torch.nn.ModuleList([stock.bert.encoder.layer[i] for i in layers])
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    ids, mask = ids_of(device), masks(device)["right"].flip(1)
+    how = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ours, theirs = (m.generate(ids, attention_mask=mask, **how) for m in (fast, stock))
+    assert torch.equal(ours, theirs)
+    assert fast_calls(fast)[0][0], "the first step has run on the kernels"
+
+
 def test_another_cache_runs_stock(device):
     fast = bert_fast.accelerate(stock_model(device=device, is_decoder=True))
     cache = transformers.StaticCache(config=fast.config, max_cache_len=40)

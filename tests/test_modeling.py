@@ -140,8 +140,48 @@ def test_a_second_derivative_is_an_error(device):
     weight = fast.encoder.layer[0].output.dense.weight
     loss = fast(ids_of(device))[0][..., :9].square().sum()
     (grad,) = torch.autograd.grad(loss, weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
         grad.square().sum().backward()
+
+
+def penalty(model, embeds):
+    """Of a critic that is linear in the output, so that no gradient that comes in requires one."""
+    embeds.requires_grad_()
+    (grad,) = torch.autograd.grad(model(inputs_embeds=embeds)[0].sum(), embeds, create_graph=True)
+    grad.square().sum().backward()
+
+
+def hessian(model, embeds):
+    return torch.autograd.functional.hessian(lambda x: model(inputs_embeds=x)[0][0, 0, 0], embeds)
+
+
+def tangents(model, embeds):
+    run = lambda x: model(inputs_embeds=x)[0]  # noqa: E731
+    return torch.autograd.functional.jvp(run, embeds, torch.ones_like(embeds))
+
+
+@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel"])
+@pytest.mark.parametrize("second", [penalty, hessian, tangents])
+def test_no_second_derivative_is_zeros(second, name, device):
+    fast = bert_fast.accelerate(stock_model(name, device=device, **FEW))
+    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
+        second(fast, torch.randn(1, 3, 64, device=device))
+
+
+def test_a_graph_of_the_backward_that_nobody_differentiates_has_the_gradients(device):
+    fast = bert_fast.accelerate(stock_model(device=device, **FEW))
+    weights = list(fast.encoder.parameters())
+    loss = fast(ids_of(device))[0].square().sum()
+    once = torch.autograd.grad(loss, weights, retain_graph=True)
+    assert all(map(torch.equal, torch.autograd.grad(loss, weights, create_graph=True), once))
+
+
+def test_a_batch_of_gradients_is_an_error_that_says_what_to_do(device):
+    fast = bert_fast.accelerate(stock_model(device=device, **FEW))
+    output, weight = fast(ids_of(device)).pooler_output, fast.encoder.layer[0].output.dense.weight
+    several = torch.ones(4, *output.shape, device=device)
+    with pytest.raises(RuntimeError, match=r"no batch of gradients.*bert_fast\.restore"):
+        torch.autograd.grad(output, weight, grad_outputs=several, is_grads_batched=True)
 
 
 def test_hidden_states_and_tuples_are_those_of_stock(device):

@@ -5,9 +5,12 @@ A call that falls back must agree with the stock model to the last bit.
 
 import copy
 import functools
+import gc
 import pickle
+import sys
 import threading
 import types
+import weakref
 
 import pytest
 import torch
@@ -94,6 +97,18 @@ def own_encoder(model):
     model.encoder = OwnEncoder().to(model.device)
 
 
+def masks_of_its_own(model):
+    """Causal ones."""
+    made = type(model)._create_attention_masks
+
+    def create(**inputs):
+        mask, of_encoder = made(model, **inputs)
+        causal = torch.ones(S, S, dtype=torch.bool, device=model.device).tril()[None, None]
+        return causal if mask is None else mask & causal, of_encoder
+
+    model._create_attention_masks = create
+
+
 CALLS = {
     "output_attentions": {"output_attentions": True},
     "3-D attention_mask": {"attention_mask": torch.ones(B, S, S)},
@@ -101,9 +116,9 @@ CALLS = {
     "keyword is_causal": {"is_causal": True},
     "attention_mask of another length": {"attention_mask": torch.ones(B, S + 2)},
     "output_hidden_states with gradients": {"output_hidden_states": True},
-    "token_type_ids of shape [23]": {"token_type_ids": torch.arange(S) % 2},
-    "token_type_ids of shape [5, 1]": {"token_type_ids": torch.arange(B)[:, None] % 2},
-    "position_ids of shape [5, 1]": {"position_ids": torch.arange(B)[:, None]},
+    "token_type_ids of a shape that stock broadcasts": {"token_type_ids": torch.arange(S) % 2},
+    "token_type_ids of a shape": {"token_type_ids": torch.arange(B)[:, None] % 2},
+    "position_ids of a shape": {"position_ids": torch.arange(B)[:, None]},
 }
 MODELS = {
     "torch.float64 weights": ({}, lambda m: m.double()),
@@ -116,6 +131,7 @@ MODELS = {
     "embeddings.word_embeddings: torch.nn.modules.container.Sequential": ({}, own_words),
     "embeddings: test_swap.OwnEmbeddings": ({}, own_embeddings),
     "encoder: test_swap.OwnEncoder": ({}, own_encoder),
+    "hidden size 8224": ({"hidden_size": 8224, "num_hidden_layers": 0}, None),
     "max_norm": ({}, lambda m: setattr(m.embeddings.word_embeddings, "max_norm", 1.0)),
 }
 
@@ -150,12 +166,97 @@ def test_a_model_that_is_not_covered_runs_stock_and_is_named(reason, device):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.BertModel, "_create_attention_masks"), reason="no such method there"
+)
+def test_a_model_that_makes_masks_of_its_own_runs_stock_and_is_named(device):
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    for m in (stock, fast):
+        masks_of_its_own(m)
+    mask = masks(device)["right"]
+    ours, theirs = (m(ids_of(device), mask)[0] for m in (fast, stock))
+    assert_ran_stock(fast, "_create_attention_masks replaced")
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_an_attention_function_in_the_place_of_transformers_runs(
+    implementation, device, monkeypatch
+):
+    stock = stock_model(device=device, attn_implementation=implementation)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    fast(ids_of(device))
+    assert_ran_fast(fast)
+
+    def attention(module, q, k, v, mask, **kwargs):
+        return v.transpose(1, 2).contiguous(), None
+
+    if implementation == "eager":
+        module = sys.modules[transformers.BertModel.__module__]
+        monkeypatch.setattr(module, "eager_attention_forward", attention)
+    else:
+        functions = transformers.AttentionInterface._global_mapping
+        monkeypatch.setitem(functions, implementation, attention)
+    ours, theirs = (m(ids_of(device))[0] for m in (fast, stock))
+    assert torch.equal(ours, theirs)
+    assert fast_calls(fast)[0][1], "stock has run"
+
+
+def test_a_child_that_is_none_is_no_child(device):
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    fast.encoder.layer[0].register_module("adapter", None)
+    fast.embeddings.register_module("further", None)
+    assert torch.equal(fast(ids_of(device))[0], bert_fast.accelerate(stock)(ids_of(device))[0])
+    assert_ran_fast(fast)
+
+
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+def test_global_backward_hooks_run(kind, device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    seen = []
+    register = getattr(torch.nn.modules.module, f"register_module_{kind}")
+    handle = register(lambda *_: seen.append(1))
+    try:
+        fast(ids_of(device))[0].sum().backward()
+    finally:
+        handle.remove()
+    assert len(seen) > 20
+    assert_ran_stock(fast, "global module hooks")
+
+
+def test_token_types_may_have_a_row_that_is_not_trained(device):
+    stock = stock_model(device=device)
+    table = torch.nn.Embedding(2, 64, padding_idx=0).to(device)
+    stock.embeddings.token_type_embeddings = table
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    for m in (stock, fast):
+        m(ids_of(device), token_type_ids=ids_of(device) % 2)[0].square().sum().backward()
+    assert_ran_fast(fast)
+    ours, theirs = (m.embeddings.token_type_embeddings.weight.grad for m in (fast, stock))
+    assert not ours[0].any() and not theirs[0].any()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_its_modules_know_is_freed(device):
+    fast = bert_fast.accelerate(stock_model(device=device))
+    fast.encoder.layer[0].owner = [fast]
+    alive = weakref.ref(fast)
+    with torch.no_grad():
+        fast(ids_of(device))
+    assert_ran_fast(fast)
+    del fast
+    gc.collect()
+    assert alive() is None
+
+
 def test_positions_of_one_row_run_stock_in_a_distilbert(device):
     stock = stock_model("DistilBertModel", device)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
     positions = torch.arange(S, device=device).flip(0)
     ours, theirs = (m(ids_of(device), position_ids=positions)[0] for m in (fast, stock))
-    assert_ran_stock(fast, "position_ids of shape [23], which stock broadcasts")
+    assert_ran_stock(fast, "position_ids of a shape that stock broadcasts")
     assert torch.equal(ours, theirs)
 
 

@@ -127,8 +127,24 @@ def test_a_second_derivative_is_an_error(device, calls):
     assert calls
     weight = model.encoder.layer[0].output.dense.weight
     (grad,) = torch.autograd.grad(last.square().sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
         grad.sum().backward()
+
+
+def test_under_autocast_a_second_derivative_by_a_weight_is_an_error(device, calls):
+    """What is saved there is a copy of the weight."""
+    model = bert_fast.accelerate(stock_model(device=device)).train()
+    layer = model.encoder.layer[1]
+    for p in model.parameters():
+        p.requires_grad_(any(p is q for q in layer.parameters()))
+    embeds = torch.randn(2, 3, 64, device=device, requires_grad=True)
+    with torch.autocast(device, torch.bfloat16):
+        last = model(inputs_embeds=embeds)[0]
+    assert calls
+    weight = layer.output.dense.weight
+    (grad,) = torch.autograd.grad(last.sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
+        torch.autograd.grad(grad.sum(), weight, allow_unused=True)
 
 
 def test_gradients_of_steps_add_up_and_share_no_memory(device):

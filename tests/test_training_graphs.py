@@ -14,7 +14,7 @@ from models import B, fast_calls, ids_of, masks
 from test_graphs import DEVICE, GPU, Recording, a_stand_in, count, encoder_of, inputs_of, pair
 
 import bert_fast
-from bert_fast import training_graphs
+from bert_fast import graphs, training_graphs
 from bert_fast.training_graphs import training_graphs_of
 
 assert a_stand_in  # a fixture, used by every test here too
@@ -252,7 +252,7 @@ def test_a_second_derivative_is_an_error():
     weight = model.encoder.layer[0].output.dense.weight
     (grad,) = torch.autograd.grad(last.square().sum(), weight, create_graph=True)
     assert "backward" in replayed
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="a second derivative is asked for"):
         grad.sum().backward()
 
 
@@ -438,3 +438,96 @@ def test_encoders_inside_another_module():
     assert training_graphs_of(encoder_of(model)).count == 1
     bert_fast.accelerate(plain, training_graphs=True)
     assert training_graphs_of(encoder_of(plain)).count == 0
+
+
+def test_steps_that_torch_checkpoints_run_without_a_graph():
+    plain, model = trained_pair()
+    step(model, **inputs_of())
+    step(model, **inputs_of())
+    assert replayed
+    replayed.clear()
+
+    def gradients(m):
+        m.zero_grad()
+        run = lambda: m(**inputs_of())[0]  # noqa: E731
+        torch.utils.checkpoint.checkpoint(run, use_reentrant=False).square().sum().backward()
+        return {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+
+    assert_same_gradients(gradients(model), gradients(plain))
+    assert not replayed
+
+
+def test_replicas_of_data_parallel_run_without_a_graph():
+    plain, model = trained_pair()
+
+    def replica_of(module):  # as torch.nn.parallel.replicate makes it
+        replica = module._replicate_for_data_parallel()
+        replica._modules = {name: replica_of(m) for name, m in module._modules.items()}
+        for name, p in module._parameters.items():
+            setattr(replica, name, p.view_as(p))
+        return replica
+
+    last = replica_of(model)(**inputs_of())[0]
+    assert torch.equal(last, plain(**inputs_of())[0])
+    last.square().sum().backward()
+    assert model.encoder.layer[0].output.dense.weight.grad.any()
+
+
+def test_hooks_see_gradients_of_what_has_one_alone():
+    _, model = trained_pair()
+    seen = set()
+    for name, p in model.named_parameters():
+        p.register_hook(lambda grad, name=name: seen.add(name) or grad.clamp(-1, 1))
+    for _ in range(3):
+        seen.clear()
+        model(**inputs_of())[0].square().sum().backward()
+    assert "backward" in replayed
+    assert seen == {n for n, _ in model.named_parameters() if not n.startswith("pooler")}
+
+
+def test_a_pooler_may_be_trained_before_the_encoder():
+    plain, model = trained_pair()
+    for m in (plain, model):
+        m.requires_grad_(False)
+        m.pooler.requires_grad_(True)
+    for _ in range(2 * graphs.ATTEMPTS):
+        assert_same_step(model, plain, **inputs_of())
+    assert not replayed and not training_graphs_of(model).off
+    for m in (plain, model):
+        m.encoder.layer[1].requires_grad_(True)
+    for _ in range(3):
+        assert_same_step(model, plain, **inputs_of())
+    assert replayed
+
+
+def test_deterministic_algorithms_have_graphs_of_their_own():
+    _, model = trained_pair()
+    for _ in range(2):
+        step(model, **inputs_of())
+    assert training_graphs_of(model).count == 1
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for _ in range(2):
+            step(model, **inputs_of())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert training_graphs_of(model).count == 2
+
+
+def test_weights_moved_before_the_backward_leave_theirs_to_it():
+    """It reads what the forward read, wherever the weights are since."""
+    plain, model = trained_pair()
+    step(model, **inputs_of())
+    _, expected = step(plain, **inputs_of())
+    torch.manual_seed(0)
+    model.zero_grad()
+    last, pooled = model(**inputs_of()).to_tuple()
+    assert replayed
+    with torch.no_grad():
+        for p in model.encoder.parameters():
+            p.data = torch.full_like(p, torch.nan)
+    training_graphs_of(model).drop()
+    gc.collect()
+    (last.float().square().mean() + pooled.float().square().mean()).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradients(grads, expected)
