@@ -2,8 +2,8 @@
 
     p = softmax(scale * q k^T)          the probabilities, computed again
     dp = dropout(do v^T)                the same places as in the forward
-    ds = scale * p * (dp - delta)       delta = sum(p * dp) over the keys of a query
-    dq = ds k                           dk = ds^T q                       dv = dropout(p)^T do
+    ds = p * (dp - delta)               delta = sum(p * dp) over the keys of a query
+    dq = scale * ds k                   dk = scale * ds^T q               dv = dropout(p)^T do
 
 Shapes     do, q, dq [T, heads, D]; k, v, dk, dv [Tk, heads, D]; D <= 256. Sequences as in
            attention. Rows of no sequence get zeros.
@@ -222,7 +222,7 @@ def _dq_kernel(
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
         p = tl.exp2(s - lse[:, None])
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
-        ds = p * (dp - delta[:, None]) * scale
+        ds = p * (dp - delta[:, None])
         dq = _add_product(dq, ds.to(k.dtype), k, PRECISION)
 
     offsets = h * rows + _first_row(b, start_q) + offs_m
@@ -231,7 +231,7 @@ def _dq_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_m < length_q)[:, None] & (offs_d < D)[None, :]
     dq_ptr += (start_q + offs_m)[:, None] * (heads * D) + h * D
-    tl.store(dq_ptr + offs_d[None, :], dq, mask=mask)
+    tl.store(dq_ptr + offs_d[None, :], dq * scale, mask=mask)
 
 
 @triton.jit(
@@ -310,13 +310,13 @@ def _dkdv_kernel(
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if seed_ptr is not None:
             dp *= kept
-        ds = p * (dp - delta[None, :]) * scale
+        ds = p * (dp - delta[None, :])
         dk = _add_product(dk, ds.to(q.dtype), q, PRECISION)
 
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_n[:, None] & (offs_d < D)[None, :]
     offsets = (start_k + offs_n)[:, None] * (heads * D) + h * D + offs_d[None, :]
-    tl.store(dk_ptr + offsets, dk, mask=mask)
+    tl.store(dk_ptr + offsets, dk * scale, mask=mask)
     tl.store(dv_ptr + offsets, dv, mask=mask)
 
 
