@@ -11,7 +11,8 @@ Budgets, as text in `over` of a launch that breaks one:
 shared      fits what one program can have; on every architecture, the next on those of GATED
 spills      none in a hot loop; elsewhere they are reported
 tensor      an instruction of the tensor cores, where the kernel has a tl.dot. Exact products of
-            fp32 need none on NVIDIA, whose tensor cores have no such thing; AMD's have.
+            fp32 need none on NVIDIA, whose tensor cores have no such thing; AMD's have. And no
+            loop of wgmma each of which waits for the one before
 accesses    of the bytes that a launch's global accesses move, 90 % go 128 bits a thread at a
             time. Loads of one value (an id, a length) do not count. Stores from 64 bits on pass
             on AMD after a tl.dot: four neighbours lie in a thread of its matrix cores, and the
@@ -248,6 +249,8 @@ def budget(row):
     impossible = {"f32"} if TARGETS[row["arch"]].nvidia else set()
     if not row["tensor"] and (dots := set(row["dots"]) - impossible):
         over.append(f"tensor cores: none for products of {', '.join(sorted(dots))}")
+    if row["serial"]:
+        over.append(f"tensor cores: {row['serial']} products in a hot loop, each awaited alone")
     if row["bytes"] >= BULK and row["wide"] < 0.9:
         told = ", ".join(
             f"{n} {kind} of {b} bits" for kind in ("loads", "stores") for b, n in row[kind].items()

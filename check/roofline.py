@@ -110,6 +110,7 @@ class Resources:
     resident: int  # programs that fit on a multiprocessor
     spills: dict  # {"hot": instructions in hot loops, "cold": elsewhere}
     tensor: dict  # {opcode: instructions} of the tensor cores
+    serial: int  # of those, wgmma in a hot loop that each wait for the one before
     dots: tuple  # what the source multiplies: bf16, f16, tf32, f32 if exactly, ...
     once: dict  # {pipe: instructions} outside of hot loops; "loads" and "stores" of global memory,
     # {bits a thread: instructions}, without loads of one value; "bytes" that a program may move,
@@ -170,10 +171,19 @@ def analyse(kernel, target):
             "cold": sum(i.spills for i in others),
         },
         tensor=dict(Counter(i.opcode for i in running if _TENSOR.match(i.opcode))),
+        serial=max(map(_serial, hot), default=0),
         dots=dots,
         once=once,
         trip=min(trips, key=lambda t: t["issue"] / t[kind], default={}),
     )
+
+
+def _serial(loop):
+    """wgmma of a loop, if there is a wait for each of them: so ptxas compiles a function in which
+    other instructions define registers that a wgmma adds to (its warning C7515)."""
+    products = sum(bool(_WGMMA.match(i.opcode)) for i in loop)
+    waits = sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in loop)
+    return products if waits >= products > 4 else 0
 
 
 _TENSOR = re.compile(r"[A-Z]*MMA\b|v_s?mfma")

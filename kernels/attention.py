@@ -207,7 +207,13 @@ def _forward_kernel(
 
 
 # -- launchers ------------------------------------------------------------------------------
-def _config(D, itemsize, arch):
+def tuning_key(D, itemsize, drops):
+    """What the choice of a configuration depends on. Drawing for dropout takes half of a kernel's
+    instructions and registers, and so another one."""
+    return {"D": D, "itemsize": itemsize} | ({"dropout": 1} if drops else {})
+
+
+def _config(D, itemsize, drops, arch):
     """Tiles whose shape depends on nothing but D, dtype and the GPU, so that a sequence's bits
     depend on nothing else either. The fastest that spill no register, as check aot predicts; not
     yet measured.
@@ -226,7 +232,8 @@ def _config(D, itemsize, arch):
     config = {
         "BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": stages,
     }
-    return launch.configuration("attention", config, fixed=("BLOCK_D",), D=D, itemsize=itemsize)
+    key = tuning_key(D, itemsize, drops)
+    return launch.configuration("attention", config, fixed=("BLOCK_D",), **key)
 
 
 def unit_stride(t):
@@ -240,7 +247,7 @@ def _forward(
     cu_seqlens = cu_seqlens.contiguous()
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k.contiguous()
     heads, D = q.shape[1:]
-    config = _config(D, q.itemsize, launch.arch())
+    config = _config(D, q.itemsize, seed is not None, launch.arch())
     blocks = ceil_div(max_seqlen, config["BLOCK_M"])
     programs = blocks * heads * (len(cu_seqlens) - 1)
     if programs:

@@ -2,8 +2,8 @@
 
     p = softmax(scale * q k^T)          the probabilities, computed again
     dp = dropout(do v^T)                the same places as in the forward
-    ds = p * (dp - delta)               delta = sum(p * dp) over the keys of a query
-    dq = scale * ds k                   dk = scale * ds^T q               dv = dropout(p)^T do
+    ds = scale * p * (dp - delta)       delta = sum(p * dp) over the keys of a query
+    dq = ds k                           dk = ds^T q                       dv = dropout(p)^T do
 
 Shapes     do, q, dq [T, heads, D]; k, v, dk, dv [Tk, heads, D]; D <= 256. Sequences as in
            attention. Rows of no sequence get zeros.
@@ -30,6 +30,7 @@ from .attention import (
     runs,
     scales_of,
     softmax,
+    tuning_key,
     unit_stride,
 )
 from .attention import SPEC as ATTENTION
@@ -222,7 +223,8 @@ def _dq_kernel(
         s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
         p = tl.exp2(s - lse[:, None])
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
-        ds = p * (dp - delta[:, None])
+        # Scaled here, as of a loop without that Triton 3.6 makes wgmma that wait for each other.
+        ds = p * (dp - delta[:, None]) * scale
         dq = _add_product(dq, ds.to(k.dtype), k, PRECISION)
 
     offsets = h * rows + _first_row(b, start_q) + offs_m
@@ -231,7 +233,7 @@ def _dq_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_m < length_q)[:, None] & (offs_d < D)[None, :]
     dq_ptr += (start_q + offs_m)[:, None] * (heads * D) + h * D
-    tl.store(dq_ptr + offs_d[None, :], dq * scale, mask=mask)
+    tl.store(dq_ptr + offs_d[None, :], dq, mask=mask)
 
 
 @triton.jit(
@@ -357,7 +359,7 @@ TILES = {
 }
 
 
-def _configs(D, itemsize, arch):
+def _configs(D, itemsize, drops, arch):
     """How to launch both kernels. It depends on nothing of the batch, as in attention."""
     if isinstance(arch, str):
         kind = "exact amd" if itemsize == 4 else "amd"
@@ -370,7 +372,7 @@ def _configs(D, itemsize, arch):
     of_q, of_k = (
         launch.configuration(
             op, {"BLOCK_D": BLOCK_D, **dict(zip(names, tile))}, fixed=("BLOCK_D",),
-            D=D, itemsize=itemsize,
+            **tuning_key(D, itemsize, drops),
         )
         for op, tile in zip(("attention_dq", "attention_dkdv"), TILES[kind][max(BLOCK_D, 32)])
     )  # fmt: skip
@@ -395,7 +397,7 @@ def _backward(
     strides = [s for t in (do, q, k, v) for s in t.stride()[:2]]
     scales = scale, scale * LOG2E, most(dropout_p), factor(dropout_p)
 
-    of_q, of_k = _configs(D, q.itemsize, launch.arch())
+    of_q, of_k = _configs(D, q.itemsize, seed is not None, launch.arch())
     blocks = max(ceil_div(max_seqlen, of_q["BLOCK_M"]), 1)
     if T * heads:
         launch.start(

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -293,6 +294,22 @@ def test_narrow_accesses_are_over_budget_where_they_cost_time(arch):
     whole = row_of(_copy, (x, y, 1), arch, BLOCK=1024, num_warps=2 if arch == "gfx942" else 4)
     assert whole["wide"] == 1
     assert whole["over"] == []
+
+
+def test_products_that_wait_for_each_other_are_over_budget():
+    """As ptxas 12.8 compiles _dq_kernel with dropout, of Triton 3.6's code."""
+
+    def loop(waits):
+        opcodes = ["HGMMA.64x64x16.F32.BF16"] * 12 + ["WARPGROUP.DEPBAR.LE"] * waits
+        return [SimpleNamespace(opcode=opcode) for opcode in opcodes]
+
+    assert roofline._serial(loop(3)) == 0
+    assert roofline._serial(loop(12)) == 12
+    row = row_of(_product, tiles(64), "sm_90", BLOCK=64, num_warps=4)
+    assert row["serial"] == 0
+    assert "tensor cores: 12 products in a hot loop, each awaited alone" in aot.budget(
+        {**row, "serial": 12}
+    )
 
 
 def test_too_much_shared_memory_is_over_budget():

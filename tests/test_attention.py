@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bert_fast.kernels import attention, attention_backward, launch
-from bert_fast.kernels.attention import cu_seqlens_of
+from bert_fast.kernels.attention import _config, cu_seqlens_of
 from bert_fast.kernels.attention_backward import _configs
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
@@ -108,5 +108,22 @@ def test_a_tuned_tile_of_queries_stays_within_the_rows_that_a_sequence_has(monke
             return {**tuned, "BLOCK_M": tiles[op]}
 
         monkeypatch.setattr(launch, "configuration", configuration)
-        found = _configs(64, 2, 90)
+        found = _configs(64, 2, False, 90)
         assert tuple(config["BLOCK_M"] for config in found) == expected
+
+
+def test_with_dropout_a_table_has_entries_of_its_own(monkeypatch):
+    asked = []
+
+    def configuration(op, default, fixed=(), rows=None, **key):
+        asked.append((op, launch.written(key)))
+        return default
+
+    monkeypatch.setattr(launch, "configuration", configuration)
+    _configs(64, 2, True, 90), _config(64, 2, True, 90), _config(64, 2, False, 90)
+    assert asked == [
+        ("attention_dq", "D=64 dropout=1 itemsize=2"),
+        ("attention_dkdv", "D=64 dropout=1 itemsize=2"),
+        ("attention", "D=64 dropout=1 itemsize=2"),
+        ("attention", "D=64 itemsize=2"),
+    ]
