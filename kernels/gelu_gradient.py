@@ -16,7 +16,7 @@ from . import launch
 from .gelu import gelu_ref
 from .linear import SPEC as LINEAR
 from .linear import check_product, launch_product, plain_rows
-from .pointwise import gelu_slope
+from .pointwise import slope_erf, slope_exp2
 from .spec import Spec
 
 
@@ -31,7 +31,8 @@ def gelu_gradient_ref(dy, x, weight, bias=None, num_tokens=None):
 
 # -- launchers ------------------------------------------------------------------------------
 def _backward(dz, dy, x, weight, bias, num_tokens):
-    launch_product(dz, x, weight, bias, gelu_slope, dy, num_tokens, times=True)
+    slope = slope_erf if x.dtype == torch.float32 else slope_exp2
+    launch_product(dz, x, weight, bias, slope, dy, num_tokens, times=True, op="gelu_gradient")
 
 
 def _plain(dy, x, weight, bias, num_tokens):

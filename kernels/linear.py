@@ -311,14 +311,14 @@ def tile_of(T, N, itemsize, precision, arch, multiprocessors, parts=1):
     return dict(zip(names, _tile(T, N, itemsize, precision, arch, multiprocessors, parts)))
 
 
-def _config(T, N, K, itemsize, precision, arch, multiprocessors):
+def _config(T, N, K, itemsize, precision, arch, multiprocessors, op="linear"):
     """The tile and whether programs persist, or what was measured. On an H200 they take 3 to 16 %
     less time where there are many tiles; in TF32 they have not been measured."""
     tile = tile_of(T, N, itemsize, precision, arch, multiprocessors)
     large = launch.multiplies_from_shared_memory(arch) and itemsize == 2 and tile["BLOCK_M"] == 128
     config = {"PERSISTENT": int(large), **tile}
     key = launch.product_key(N, K, itemsize, precision)
-    return launch.configuration("linear", config, rows=T, **key)
+    return launch.configuration(op, config, rows=T, **key)
 
 
 def _describable(arch, exact, *rows):
@@ -376,14 +376,15 @@ def _forward(y, x, weight, bias, activation, residual, num_tokens):
     launch_product(y, x, weight, bias, form if activation else None, residual, num_tokens)
 
 
-def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False):
-    """y = act(x W^T + bias), and residual is added, or if times multiplied."""
+def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False, op="linear"):
+    """y = act(x W^T + bias), and residual is added, or if times multiplied. The configuration is that
+    of op: an epilogue that takes as long as the product wants another one."""
     x, stride_xt = launch.rows(x)
     residual, stride_rt = launch.rows(residual)
     (T, K), N = x.shape, weight.shape[0]
     precision = launch.precision(x)
     gpu = launch.arch(), launch.multiprocessors()
-    config = _config(T, N, K, x.itemsize, precision, *gpu)
+    config = _config(T, N, K, x.itemsize, precision, *gpu, op)
     persistent = config["PERSISTENT"]
     config = {name: value for name, value in config.items() if name != "PERSISTENT"}
     shared = {"ACT": act, "TIMES": times, "PRECISION": precision, **config}

@@ -21,10 +21,29 @@ def gelu_erf(z):
 
 
 @triton.jit
-def gelu_slope(z):
-    """Phi(z) + z * phi(z), the derivative of z * Phi(z); phi(z) = exp(-z^2 / 2) / sqrt(2 pi)."""
-    density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+def slope_erf(z):
+    """Phi(z) + z * phi(z), the derivative of z * Phi(z), for results in fp32."""
+    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * _density(z)
+
+
+@triton.jit
+def slope_exp2(z):
+    """The same for results of 16 bits: off by at most 4.2e-7, where half an ulp of fp16 is 2.4e-4
+    at Phi(0). As gelu_exp2, with coefficients that minimise the largest error of Phi."""
+    a = tl.abs(z)
+    p = -0.000518868305 * a + 0.00738724705
+    p = p * a - 0.0525380895
+    p = p * a - 0.459276641
+    p = p * a - 1.15108315
+    p = p * a - 1.00000084
+    tail = tl.exp2(p)  # Phi(-a)
+    return tl.where(z > 0.0, 1.0 - tail, tail) + z * _density(z)
+
+
+@triton.jit
+def _density(z):
+    """phi(z) = exp(-z^2 / 2) / sqrt(2 pi)"""
+    return 0.3989422804014327 * tl.exp2(-0.7213475204444817 * z * z)
 
 
 @triton.jit
