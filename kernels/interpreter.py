@@ -154,7 +154,7 @@ def _rounded(result, dtype):
 def _mend_arithmetic():
     """Computed in fp32, then rounded, as a bf16 instruction does."""
 
-    def mended(original, operands):
+    def fixed(original, operands):
         def op(self, *args):
             dtype = args[operands - 1].dtype.scalar
             if dtype != tl.bfloat16:
@@ -165,22 +165,22 @@ def _mend_arithmetic():
 
     for name, operands in (("unary_op", 1), ("binary_op", 2)):
         original = getattr(InterpreterBuilder, name)
-        setattr(InterpreterBuilder, name, mended(original, operands))
+        setattr(InterpreterBuilder, name, fixed(original, operands))
     clampf, fma = InterpreterBuilder.create_clampf, InterpreterBuilder.create_fma
 
-    def mended_clampf(self, x, low, high, propagate_nans):
+    def fixed_clampf(self, x, low, high, propagate_nans):
         if x.dtype.scalar != tl.bfloat16:
             return clampf(self, x, low, high, propagate_nans)
         wide = (self.cast_impl(t, tl.float32) for t in (x, low, high))
         return self.cast_impl(clampf(self, *wide, propagate_nans), tl.bfloat16)
 
-    def mended_fma(self, x, y, z):
+    def fixed_fma(self, x, y, z):
         if z.dtype.scalar != tl.bfloat16:
             return fma(self, x, y, z)
         x, y, z = (decode(t.data, tl.bfloat16).astype(np.float64) for t in (x, y, z))
         return _rounded(x * y + z, tl.bfloat16)
 
-    InterpreterBuilder.create_clampf, InterpreterBuilder.create_fma = mended_clampf, mended_fma
+    InterpreterBuilder.create_clampf, InterpreterBuilder.create_fma = fixed_clampf, fixed_fma
 
 
 def _arithmetic_is_broken():

@@ -298,8 +298,8 @@ def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
         # Programs of four warps share an SM if shared memory holds two. Where operands are in
         # registers instead, shared memory holds one stage less.
         shared = (stages if from_shared else stages - 1) * (M + N_) * K * itemsize
-        beside = warps == 4 and 2 * shared <= SHARED.get(arch, 99) << 10
-        rounds = max(share, 1) if beside else math.ceil(share)
+        co_resident = warps == 4 and 2 * shared <= SHARED.get(arch, 99) << 10
+        rounds = max(share, 1) if co_resident else math.ceil(share)
         return rounds * max(M * N_, edge * (M + N_))
 
     return min(forms, key=work)
@@ -391,18 +391,19 @@ def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False):
     bias = None if bias is None else bias.contiguous()
     tiles = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
     exact = launch.is_exact(x.itemsize, precision)
-    turned = _lies_by_columns(weight)
-    stored, stride_w = launch.rows(weight.mT if turned else weight)
+    transposed = _lies_by_columns(weight)
+    stored, stride_w = launch.rows(weight.mT if transposed else weight)
     if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (stored, stride_w)):
         M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+        weight_tile = (K_, N_) if transposed else (N_, K_)
         launch.start(
             _persistent_kernel, min(tiles, _places(*gpu, x.itemsize, **config)),
             TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
-            TensorDescriptor(stored, stored.shape, (stride_w, 1), (K_, N_) if turned else (N_, K_)),
-            bias, residual, num_tokens, y, stride_rt, T, N, K, BY_COLUMNS=turned, **shared,
+            TensorDescriptor(stored, stored.shape, (stride_w, 1), weight_tile),
+            bias, residual, num_tokens, y, stride_rt, T, N, K, BY_COLUMNS=transposed, **shared,
         )  # fmt: skip
     elif tiles:
-        weight = stored.mT if turned else stored
+        weight = stored.mT if transposed else stored
         (weight,), stride_w, is_by_columns = by_columns(T, precision, config["BLOCK_N"], weight)
         launch.start(
             _forward_kernel, tiles,
