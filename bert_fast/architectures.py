@@ -85,7 +85,7 @@ class Architecture:
         return (self.attention, self.cross_attention) if crosses else (self.attention,)
 
     def module(self):
-        """Where transformers has it."""
+        """The module of transformers that defines its classes."""
         name = self.model_type.replace("-", "_")
         return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 

@@ -73,7 +73,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and arithmetic.")]
 Device = Annotated[
     str | None,
-    typer.Option(  # typer 0.27 would take a metavar like its name for the flag: so, named
+    typer.Option(  # named, as typer 0.27 would take a metavar like its name for the flag
         "--device",
         metavar="DEVICE",
         help="cpu, cuda or cuda:N.",
@@ -443,7 +443,7 @@ def _speed(fast, stock, batch, seconds=2):
                 if model.device.type == "cuda":
                     torch.cuda.synchronize(model.device)
                 times[model].append(time.perf_counter() - start)
-    fast, stock = (t[1:] for t in times.values())  # the first warmed up
+    fast, stock = (t[1:] for t in times.values())  # the first round is a warm-up
     ratio = statistics.median(stock) / statistics.median(fast)
     tokens = int(batch["attention_mask"].sum())
     return (

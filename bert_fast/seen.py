@@ -102,7 +102,7 @@ class Seen:
                 and self._places_now() == self._places
                 and self._writes_now() == self._writes
             )
-        except (RuntimeError, ValueError):  # == raises if a tensor stands elsewhere
+        except (RuntimeError, ValueError):  # == raises where a tensor replaced something
             return False
 
 

@@ -399,8 +399,8 @@ def _replaced(parent, node, new):
 
 
 def _body(tree):
-    """Nodes of a kernel's statements in the order of the source, without its docstring's and those
-    of the axes of reductions, which have an operator of their own."""
+    """The nodes of a kernel's statements in source order, except those of its docstring and of the
+    axes of reductions, which have an operator of their own."""
     axes = set()
     for statement in tree.body:
         for node in ast.walk(statement):
@@ -415,19 +415,19 @@ def _body(tree):
 
 
 def _shown(node, parents):
-    """The smallest part around node that tells a reader something."""
+    """The smallest piece of code around node that is meaningful to a reader."""
     while not isinstance(node, (ast.stmt, ast.BinOp, ast.Compare, ast.Call)):
         node = parents[node]
     return node
 
 
 def _line(node):
-    """Its source in one line: of a block, its head."""
+    """Its source in one line; for a block, its header."""
     return ast.unparse(node).partition("\n")[0]
 
 
 def sample(mutants, count, seed):
-    """count of mutants, as even over ops and operators as can be, in their order."""
+    """count of the mutants, spread as evenly as possible over ops and operators, in their order."""
     turns, ranked = Counter(), []
     for m in random.Random(seed).sample(mutants, len(mutants)):
         turns[m.op, m.operator] += 1
