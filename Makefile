@@ -1,19 +1,19 @@
 # make demo   set up .venv and run BERT on the shipped checkpoint
 # make test   set up .venv and run the tests
-# make bench  time ops and models on the device that is there, into FILE if it is given
+# make bench  time ops and models on the available device, into FILE if it is given
 # make readme print the README's figures, docs/results.md and pictures from bench/results/
-# make compat the tests with the oldest and newest torch and transformers of tox.ini
+# make compat run the tests with the oldest and newest torch and transformers of tox.ini
 # make hf-tests SRC=FOLDER   transformers' own tests of BERT, from a checkout; MODELS="bert roberta"
 # make gpu    on a GPU: tests on the real kernels, sanitizer, benchmark, tuning, counters, each into a
-#             file in OUT; PART=tests, sanitize, bench, tune or ncu for that one alone; of a Python
-#             with torch, as PYTHON=.venv/bin/python
-# make checkpoint   train the shipped checkpoint anew, into DIR; make lint; make clean
+#             file in OUT; PART=tests, sanitize, bench, tune or ncu for that one alone; with a Python
+#             that has torch, as PYTHON=.venv/bin/python
+# make checkpoint   retrain the shipped checkpoint, into DIR; make lint; make clean
 #
 # Without a GPU (docs/how_it_is_checked.md):
-# make check OP=layer_norm   every check of one op, in a minute
-# make fuzz CASES=100000     random cases, against the definition; SEED=, OP=, or one CASE=
-# make mutants               bugs made of the kernels, each of which must be found; SAMPLE=, OP=
-# make aot                   what the compiler makes of every kernel, and how long that takes
+# make check OP=layer_norm   every check of one op, in one to five minutes for a small one
+# make fuzz CASES=100000     random cases against the definition; SEED=, OP=, JSON=, or one CASE=
+# make mutants               bugs made from the kernels, each must be found; SAMPLE=, OP=, JSON=
+# make aot                   every kernel compiled: resources, predicted time; OP=, ARCH=, JSON=
 # make overhead              how long Python takes to launch a forward
 
 PYTHON ?= python3
@@ -27,7 +27,7 @@ INTERPRETED := tests/test_ops.py tests/test_modeling.py tests/test_linear.py tes
 	tests/test_fuzz.py tests/test_interpreter.py tests/test_mutants.py tests/test_sanitizer.py \
 	tests/test_waits.py tests/test_variants.py tests/test_dropout.py::test_trains_as_stock_with_the_same_draws
 CASES := 2000
-# A process for each core, of one thread: tests are small.
+# One process per core, each with one thread: tests are small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-interpreter test-native check fuzz mutants aot overhead bench readme \
@@ -79,7 +79,7 @@ hf-tests: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt tox
 	SRC="$(abspath $(SRC))" $(BIN)/tox run -e hf -- $(MODELS:%=--model %)
 
-# No network: the Python of a machine with a GPU has its own torch and triton.
+# No network: Python on a GPU machine has its own torch and triton.
 gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation -e .
 	$(PYTHON) bench gpu --folder "$(OUT)" $(if $(PART),--part $(PART))

@@ -1,4 +1,4 @@
-"""Extractive question answering: which part of a context answers a question, and how surely.
+"""Extractive question answering: which part of a context answers a question, and how certainly.
 
     [best] = bert_fast.answer("Who wrote it?", "It was written by Ada.", model, tokenizer)
     best.text, best.score, best.start, best.end
@@ -16,7 +16,7 @@ from .encode import batches, positions
 
 
 class Answer(NamedTuple):
-    """A part of a context: context[start:end] == text. No answer is the text "", from 0 to 0."""
+    """A part of a context: context[start:end] == text. "No answer" is the text "", from 0 to 0."""
 
     text: str
     score: float  # probability, 0 to 1
@@ -27,9 +27,9 @@ class Answer(NamedTuple):
 class _Pair(NamedTuple):
     """A question and a context of T tokens, as the tokenizer joins them, before windows are cut."""
 
-    inputs: dict  # name of an input of the model: a number for every token
-    first: int  # of the tokens of the context
-    offsets: list  # [T] of (start, end) in characters; start == end where there is nothing to see
+    inputs: dict  # name of a model input: one number per token
+    first: int  # index of the context's first token
+    offsets: list  # [T] of (start, end) in characters; start == end for invisible tokens
     may_start: torch.Tensor  # bool[T]
     may_end: torch.Tensor  # bool[T]
 
@@ -46,21 +46,21 @@ def answer(
 ):  # fmt: skip
     """The parts of a context that answer a question best: a list of Answer, best first.
 
-    question, context  a str each; or lists of them, answered pair by pair; or one str and a list,
-                       the str with each of the list. With a list, a list of lists comes back
+    question, context  a str each; or lists, answered pair by pair; or one str and a list, the str
+                       paired with each of the list. With a list, a list of lists is returned
     model              in eval mode, with start_logits and end_logits: any ...ForQuestionAnswering
     tokenizer          a fast one, of the same checkpoint
-    top_k              the most answers; there are fewer where fewer parts are valid
+    top_k              the most answers to return; fewer if fewer parts are valid
     max_answer_length  in tokens
     window             tokens that the model sees at once, with the question and special tokens; by
                        default 384, or as many as the model has positions
     stride             tokens of context that a window shares with the next (not the step between
                        them); by default 128, or half of what a window holds of context
     null_threshold     None: there is an answer. A number: there may be none, see below; 0 for a
-                       model trained on SQuAD 2, and more for fewer questions without an answer
+                       model trained on SQuAD 2, larger to leave fewer questions unanswered
     whole_words        an answer starts where a word starts, and ends where one ends. False for
-                       tokenizers to which text without spaces is one word
-    batch_tokens       of a batch with its padding; it bounds memory
+                       tokenizers that treat text without spaces as one word
+    batch_tokens       tokens per batch, with its padding; it bounds memory
 
     A span (i, j) of the tokens of a context is valid if i <= j < i + max_answer_length, its words
     are whole, and a window holds it. Its logit is
@@ -68,9 +68,9 @@ def answer(
         z(i, j) = max over windows w that hold i and j of start_logits[w, i] + end_logits[w, j]
 
     and its score exp(z(i, j)) over the sum of exp(z) of all valid spans of the context. So scores
-    sum to 1, which the probability of a start times that of an end does not: it spends some on ends
-    before their start, and on one window alone. A maximum over windows, since a span that two
-    windows hold is one answer.
+    sum to 1, unlike the probability of a start times that of an end, which gives weight to ends
+    before their start and covers a single window. The maximum over windows is taken because a span
+    in two windows is one answer.
 
     With a null_threshold, no answer is one more candidate,
 
@@ -136,7 +136,7 @@ def _is_finite(value):
 
 
 def _pairs(question, context):
-    """Questions, contexts, and whether it is one pair that was not in a list."""
+    """Questions, contexts, and whether it is a single pair, not in a list."""
     given = {"question": question, "context": context}
     for name, texts in given.items():
         if not isinstance(texts, (str, list, tuple)):
@@ -189,13 +189,13 @@ def _tokenize(questions, contexts, tokenizer, whole_words):
 
 
 def _trim(text, start, end):
-    """Without the space that some tokenizers count to the word behind it."""
+    """Offsets without the space that some tokenizers count as part of the next word."""
     end = start + len(text[start:end].rstrip())
     return end - len(text[start:end].lstrip()), end
 
 
 def _firsts(words, offsets):
-    """Which tokens are the first of their word that there is something to see of."""
+    """Which tokens are the first visible one of their word."""
     found, last = [], -1
     for word, (start, end) in zip(words, offsets):
         found.append(start < end and word != last)
@@ -205,7 +205,7 @@ def _firsts(words, offsets):
 
 
 def _windows(n, pair, window, stride):
-    """Pair n in windows, as tokenizers cut them: all full but the last."""
+    """Pair n in windows, as tokenizers cut them: all full except the last."""
     count = len(pair.offsets)
     around = len(pair.inputs["input_ids"]) - count
     room = window - around
@@ -247,7 +247,7 @@ def _logits(windows, pairs, model, batch_tokens):
 
 
 def _cut(pair, window):
-    """The inputs of a window: its context, and what the tokenizer put around all of it."""
+    """The inputs of a window: its context, and what the tokenizer puts around the context."""
     first, last = pair.first, pair.first + len(pair.offsets)
     return {
         name: row[:first] + row[first + window.begin : first + window.end] + row[last:]
@@ -261,9 +261,9 @@ def _pad(rows):
 
 # -- after the model ------------------------------------------------------------------------
 def _add(spans, window, pair, start, end):
-    """Raise `spans` to the logits of what the window holds; it is -inf where a span is invalid.
+    """Raise `spans` to the logits of the window's spans; it is -inf where a span is invalid.
 
-    The model gave the question, special tokens and padding numbers too: they are left behind here.
+    The model's numbers for the question, special tokens and padding are discarded.
     """
     part = slice(window.begin, window.end)
     there = slice(pair.first, pair.first + window.end - window.begin)
@@ -275,7 +275,7 @@ def _add(spans, window, pair, start, end):
 
 
 def _best(spans, null, pair, context, top_k):
-    """The answers, from the logits of spans and of no answer; of equals, the first in the text."""
+    """The answers, from the logits of spans and of no answer; ties go to the first in the text."""
     z = spans.flatten()
     if null is not None:
         z = torch.cat([z, torch.tensor([null]).double()])

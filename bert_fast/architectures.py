@@ -1,4 +1,4 @@
-"""Where things are in each architecture: what the encoder asks for, under transformers' names.
+"""Where things are in each architecture: what the encoder needs, under transformers' names.
 
 The encoders of BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA and DistilBERT compute the same; they
 differ in names, in how a token's position is found, and in what some of them lack. So each is a
@@ -47,8 +47,8 @@ class FeedForward(NamedTuple):
 
 
 def at(module, path):
-    """What `module` has at a dotted path: by way of _modules, which is five times as fast as
-    getattr, for the hundred paths of a forward."""
+    """What `module` has at a dotted path. Reads _modules, which is five times as fast as getattr,
+    for the hundred paths of a forward."""
     for name in path.split("."):
         child = module._modules.get(name)
         module = getattr(module, name) if child is None else child
@@ -56,7 +56,7 @@ def at(module, path):
 
 
 def find(module, paths):
-    """`paths`, a NamedTuple of dotted paths, with what `module` has there in their place."""
+    """`paths`, a NamedTuple of dotted paths, each replaced by what `module` has there."""
     return type(paths)(*(p and at(module, p) for p in paths))
 
 
@@ -85,18 +85,18 @@ class Architecture:
         return (self.attention, self.cross_attention) if crosses else (self.attention,)
 
     def module(self):
-        """Where transformers has it."""
+        """The module of transformers that defines its classes."""
         name = self.model_type.replace("-", "_")
         return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
 
     def classes(self):
-        """The classes that its encoder may be made of."""
+        """The classes that its encoder may consist of."""
         return {getattr(self.module(), name) for name in self.parts}
 
 
 def _after_padding(model, input_ids, inputs_embeds):
-    """RoBERTa's positions: tokens count from padding_idx + 1, and padding ids, which the attention
-    mask has no say in, stay at padding_idx."""
+    """RoBERTa's positions: tokens count from padding_idx + 1, and padding ids, whatever the
+    attention mask says, stay at padding_idx."""
     embeddings = model.embeddings
     if input_ids is None:
         return embeddings.create_position_ids_from_inputs_embeds(

@@ -1,19 +1,19 @@
-"""attn_implementation="bert_fast": packed attention in any transformers model, the rest its own.
+"""attn_implementation="bert_fast": packed attention in any otherwise unchanged transformers model.
 
     model = AutoModel.from_pretrained("xlm-roberta-base", attn_implementation="bert_fast")
 
-transformers asks two functions, which importing bert_fast registers. `mask` makes, once in a
-forward, what every layer's `attend` is then given as attention_mask:
+transformers calls two functions, which importing bert_fast registers. `mask` computes, once per
+forward, what every layer's `attend` then receives as attention_mask:
 
-    None        every key is seen, or with module.is_causal those up to the query: as for sdpa
+    None        every key is visible, or with module.is_causal those up to the query: as for sdpa
     [B, Sk]     which keys are tokens; every query sees all of them
     [B, 1, S]   which queries and keys are tokens; a query sees those up to itself
-    4-D         anything else, as sdpa takes it: transformers' own sdpa runs then, or, where it
-                does not know a keyword or probabilities are asked for, the model's eager attention
+    4-D         anything else, as sdpa takes it: transformers' own sdpa runs then, or the model's
+                eager attention for a keyword that sdpa lacks or if probabilities are requested
 
-Keys and values are packed to the tokens, and queries too where attention is causal, as it is then
-of a sequence to itself. Elsewhere a mask says nothing of queries: it may be that of an encoder
-which a decoder reads. So a padded query has stock's numbers there, and zeros where causal.
+Keys and values are packed to the tokens, and queries too where attention is causal, as it then
+relates a sequence to itself. Otherwise a mask says nothing about queries: it may belong to an
+encoder that a decoder reads. So a padded query has stock's values there, and zeros if causal.
 """
 
 import functools
@@ -37,14 +37,14 @@ NAME = "bert_fast"
 
 # -- masks ----------------------------------------------------------------------------------
 def mask(mask_function=masking_utils.causal_mask_function, **kwargs):
-    """What `attend` is given, from what transformers knows of a batch: keywords as of sdpa_mask.
+    """The mask for `attend`, from transformers' description of a batch: keywords as in sdpa_mask.
 
-    Raises ValueError for a model that would hand the mask to an attention of its own.
+    Raises ValueError for a model that would pass the mask to its own attention.
     """
     _check_model(type(kwargs.get("config")))
     padding = kwargs.get("attention_mask")
     Sk = kwargs["kv_length"]
-    # transformers 5.0 has the positions of the queries, later ones their number and the first.
+    # transformers 5.0 passes the positions of the queries, later ones their number and the first.
     positions = kwargs.get("cache_position")
     S = kwargs["q_length"] if positions is None else len(positions)
     fits = padding is None or padding.shape == (kwargs["batch_size"], Sk)
@@ -59,7 +59,7 @@ def mask(mask_function=masking_utils.causal_mask_function, **kwargs):
 
 @torch.compiler.assume_constant_result
 def _check_model(config_class):
-    """Raise where `mask` would reach an attention that is not asked through the interface."""
+    """Raise if `mask` would reach an attention that does not use the interface."""
     if name := _own_attention(config_class):
         raise ValueError(
             f'attn_implementation="{NAME}": {name} computes its attention itself, without'
@@ -69,7 +69,7 @@ def _check_model(config_class):
 
 @functools.cache
 def _own_attention(config_class):
-    """The model of a config, if its attention is its own; None for one that is not known."""
+    """The model of a config, if it has its own attention; None if that is not known."""
     if config_class not in transformers.MODEL_MAPPING:
         return None
     model = transformers.MODEL_MAPPING[config_class]
@@ -78,7 +78,7 @@ def _own_attention(config_class):
 
 
 def _as_sdpa_takes_it(mask, S):
-    """A mask of `mask` as bool [B, 1, S or 1, Sk], or as it is if it has four dimensions."""
+    """A mask from `mask` as bool [B, 1, S or 1, Sk]; unchanged if it has four dimensions."""
     if mask is None or mask.ndim == 4:
         return mask
     seen = mask.to(torch.bool)
@@ -91,12 +91,12 @@ def _as_sdpa_takes_it(mask, S):
 def attend(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **kwargs
 ):
-    """Attention of a layer, as transformers' AttentionInterface wants it.
+    """Attention of a layer, as transformers' AttentionInterface calls it.
 
     query       [B, heads, S, D]
     key, value  [B, heads, Sk, D]
-    attention_mask  of `mask`, or 4-D: bool, where True is seen, or added to the scores
-    is_causal   None means that of the module
+    attention_mask  from `mask`, or 4-D: bool, True where visible, or added to the scores
+    is_causal   None means the module's
 
     Returns o [B, S, heads, D] in the dtype of query, and None; or the probabilities
     [B, heads, S, Sk] where the model was called with output_attentions.
@@ -144,14 +144,14 @@ def attend(
     return queries.unpack(o.flatten(1)).unflatten(2, o.shape[1:]), None
 
 
-# What transformers' sdpa does not know: the attention that the model has of its own runs.
+# Keywords that transformers' sdpa does not support: the model's own attention runs.
 EAGER = {"output_attentions", "keyword softcap", "keyword s_aux"}
 
 
 @torch.compiler.assume_constant_result
 def _eager_of(kind, reason):
-    """The eager attention of the model that the attention class `kind` is of. Raises ValueError
-    where it has none in the usual place."""
+    """The eager attention of the model that the attention class `kind` belongs to. Raises
+    ValueError if it has none in the usual place."""
     own = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
     if own is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""transformers' Auto classes, giving bert_fast's class of an architecture where there is one."""
+"""transformers' Auto classes, returning bert_fast's class for an architecture if there is one."""
 
 import transformers
 
@@ -13,8 +13,8 @@ __all__ = [
 
 
 class _Auto:
-    """As the transformers class of its name. What has no bert_fast class comes as transformers has
-    it, and a log line says so; of an EncoderDecoderModel, what is inside becomes bert_fast's."""
+    """As the transformers class of its name. A model without a bert_fast class is transformers'
+    own, and a log line says so; the parts inside an EncoderDecoderModel become bert_fast's."""
 
     @classmethod
     def from_config(cls, *args, **kwargs):

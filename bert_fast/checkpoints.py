@@ -1,10 +1,10 @@
-"""Checkpoints that need no download: the small trained one that is shipped, and outlier models.
+"""Checkpoints that need no download: the small trained one that ships, and outlier models.
 
 Trained BERTs have a few hidden dimensions whose values are tens of times those of the rest, in
 every layer and for nearly every token, held there by the LayerNorms' weights and biases (Kovaleva
 et al., BERT Busters: Outlier Dimensions that Disrupt Transformers, 2021; Dettmers et al.,
 LLM.int8(), 2022). They dominate the row statistics and the range of low precision, so a model with
-freshly initialised weights is no test of either. `outlier_model` has random weights and the
+freshly initialised weights tests neither. `outlier_model` has random weights and the
 outliers.
 """
 
@@ -22,8 +22,8 @@ def outlier_model(config=None, seed=0, outliers=4):
     """A transformers.BertModel in eval mode, in fp32, finite in fp16 too.
 
     In the output of each layer, `outliers` of the hidden dimensions have an RMS over tokens of 25
-    to 45 times that of the rest, each with one sign and of sizes that vary from token to token; in
-    between, after attention, of a third of that. Heads range from nearly flat to peaked.
+    to 45 times that of the rest, each with one sign and a size that varies from token to token;
+    after attention it is a third of that. Heads range from nearly flat to peaked.
 
     config: any BertConfig with more than `outliers` hidden dimensions; BERT-base by default.
     """
@@ -48,7 +48,7 @@ def _draw_weights(model, dims, sign):
             module.weight.normal_(0, 0.55 * module.in_features**-0.5)  # BERT's 0.02 at 768
             module.bias.normal_(0, 0.05)
             if module.in_features == model.config.hidden_size:
-                module.weight[:, dims] /= 16  # or what all tokens share would drown the tokens
+                module.weight[:, dims] /= 16  # else what tokens share drowns their differences
         elif isinstance(module, torch.nn.LayerNorm):
             module.weight.normal_(0.85, 0.05)
             module.bias.normal_(0, 0.05)
@@ -59,7 +59,7 @@ def _draw_weights(model, dims, sign):
 def _fit(model, dims, ratio):
     """Set LayerNorms, attention's scale and the outliers' share of the FFN in one forward pass.
 
-    Each hook mends its module before the pass goes on, so what follows sees the mended values.
+    Each hook adjusts its module before the pass goes on, so what follows sees the new values.
     """
     config = model.config
     heads = config.num_attention_heads
@@ -69,7 +69,7 @@ def _fit(model, dims, ratio):
     def fit_projection(linear, _, out):
         """Scale query and key so that a head's logits have a spread of 0.8 to 3.2 over keys.
 
-        Constant over tokens, the outliers shift all keys alike; that part of a key does not count.
+        The outliers are constant over tokens and shift all keys alike; that part is disregarded.
         """
         per_head = out.flatten(0, 1).unflatten(-1, (heads, -1))  # [T, heads, D]
         if linear in keys:
@@ -101,7 +101,7 @@ def _fit(model, dims, ratio):
     layers = model.encoder.layer
     keys = {layer.attention.self.key for layer in layers}
     ffn_after = {layer.attention.output.LayerNorm: layer.output.dense for layer in layers}
-    after_attention = {}  # {second linear of the FFN: what the outliers are where it is added}
+    after_attention = {}  # {second linear of the FFN: the outliers where its output is added}
     hooks = [
         *(layer.attention.self.query.register_forward_hook(fit_projection) for layer in layers),
         *(key.register_forward_hook(fit_projection) for key in keys),

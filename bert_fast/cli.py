@@ -1,9 +1,9 @@
-"""The bert-fast command: embed texts, answer questions, look at the machine (doctor), see it all at
-once (demo).
+"""The bert-fast command: embed texts, answer questions, inspect the machine (doctor), show it all
+at once (demo).
 
-Results go to stdout, everything else to stderr. An error is one line, and a traceback above it with
---debug. Exit codes: 2 for input that cannot be used, 1 for a failed check of doctor and for a
-fault that the input is not to blame for, 130 after Ctrl-C.
+Results go to stdout, everything else to stderr. An error is one line, preceded by a traceback with
+--debug. Exit codes: 2 for unusable input, 1 for a failed check of doctor and for a fault that is
+not the input's, 130 after Ctrl-C.
 """
 
 import copy
@@ -67,13 +67,13 @@ class _OneLineErrors(TyperGroup):
 
 main = typer.Typer(cls=_OneLineErrors, add_completion=False)
 
-# _OneLineErrors reads it from the arguments: the command it is given to may not even have started.
+# _OneLineErrors reads it from the arguments, as the command may not even have started.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of weights and arithmetic.")]
 Device = Annotated[
     str | None,
-    typer.Option(  # typer 0.27 would take a metavar like its name for the flag: so, named
+    typer.Option(  # named, as typer 0.27 would take a metavar like its name for the flag
         "--device",
         metavar="DEVICE",
         help="cpu, cuda or cuda:N.",
@@ -151,7 +151,7 @@ def embed(
     embeddings = encode(ids, bert, pooling.value, batch_tokens, _progress("embedding"))
 
     if output is not None:
-        array = io.BytesIO()  # np.save would add .npy to another name, and wants to seek
+        array = io.BytesIO()  # np.save would append .npy to other names, and needs to seek
         np.save(array, embeddings.numpy())
         with output.open("wb") as file:
             file.write(array.getbuffer())
@@ -178,7 +178,7 @@ def embed(
 
 
 def _check_output(path):
-    """Raise now what would else be raised after the work."""
+    """Raise now what would otherwise be raised after the work."""
     if path.is_dir():
         raise IsADirectoryError(f"--output {path}: is a directory; give a file in it")
     if not path.parent.is_dir():
@@ -315,7 +315,7 @@ def answer(
 
 
 def _context(context, file):
-    """The text to look in, its line ends as they are, so that places in it hold."""
+    """The text to search, with its line ends unchanged, so that positions in it are valid."""
     if context is not None and file is not None:
         raise ValueError("--context and --file: give one of them, got both")
     if context is not None:
@@ -432,7 +432,7 @@ def demo(device: Device = None, debug: Debug = False):
 
 @torch.inference_mode()
 def _speed(fast, stock, batch, seconds=2):
-    """Both in turn, so that they meet the same noise, for `seconds` and two rounds at least."""
+    """Both in turn, so that they see the same noise, for `seconds` and at least two rounds."""
     times = {fast: [], stock: []}
     begin = time.perf_counter()
     with Console(stderr=True).status("measuring"):
@@ -443,7 +443,7 @@ def _speed(fast, stock, batch, seconds=2):
                 if model.device.type == "cuda":
                     torch.cuda.synchronize(model.device)
                 times[model].append(time.perf_counter() - start)
-    fast, stock = (t[1:] for t in times.values())  # the first warmed up
+    fast, stock = (t[1:] for t in times.values())  # the first round is a warm-up
     ratio = statistics.median(stock) / statistics.median(fast)
     tokens = int(batch["attention_mask"].sum())
     return (
@@ -458,7 +458,7 @@ def _say(*words, sep=" "):
 
 
 def _progress(what):
-    """Wraps a list that is worked on: a bar on stderr, if that is a terminal and the list long."""
+    """Wraps a list with a progress bar on stderr, if that is a terminal and the list is long."""
     console = Console(stderr=True)
     return lambda todo: track(
         todo, what, console=console, transient=True,

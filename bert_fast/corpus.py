@@ -1,7 +1,7 @@
-"""Real text that every Python carries: the docstrings of its standard library, and pydoc's topics.
+"""Real text that ships with Python: the docstrings of its standard library, and pydoc's topics.
 
-Source is parsed, never imported, so reading it has no effects; only what is compiled into the
-interpreter (`builtins`, `itertools`, `time`, ...) is asked for its `__doc__`. The same Python gives
+Source is parsed, never imported, so reading it has no side effects; only modules compiled into the
+interpreter (`builtins`, `itertools`, `time`, ...) are read through `__doc__`. The same Python gives
 the same list, in the same order.
 """
 
@@ -17,7 +17,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-# Tests, applications and other people's packages inside the standard library.
+# Tests, applications and third-party packages inside the standard library.
 _SKIPPED = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "pydoc_data", "site-packages"}
 _RECEIVER = re.compile(r"^\((\$\w+|self|cls|mcls|metacls)(, /)?(, |(?=\)))")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -40,11 +40,11 @@ def docstrings(modules=None):
     """Each different docstring of three words or more, as a list of Doc.
 
     Modules come in alphabetical order, private ones last, and each in the order of its source; a
-    text that occurs again is dropped.
+    repeated text is dropped.
 
     modules: names such as ("json", "concurrent.futures"), each with all that is inside; None for
-    the whole standard library. Raises ValueError for a str, and for a name that has neither Python
-    source in the standard library nor a place in the interpreter itself.
+    the whole standard library. Raises ValueError for a str, and for a name that has no Python
+    source in the standard library and is not compiled into the interpreter.
     """
     if isinstance(modules, str):
         raise ValueError(
@@ -74,10 +74,10 @@ def topics():
 
 
 def held_out(doc):
-    """Whether doc is of the twelfth of the corpus that the shipped checkpoint was not trained on.
+    """Whether doc is in the twelfth of the corpus that the shipped checkpoint was not trained on.
 
-    Decided by a hash of the words of its first paragraph, so that texts which share a summary, as
-    the Python and C forms of a function do, are all on one side.
+    Decided by a hash of the words of its first paragraph, so that texts with the same summary, such
+    as the Python and C forms of a function, are all on one side.
     """
     summary = re.findall(r"\w+", doc.text.partition("\n\n")[0].lower())
     return zlib.crc32(" ".join(summary).encode()) % 12 == 0
@@ -110,7 +110,7 @@ def _parsed(module, path):
 
 
 def _signature(node):
-    """Of a function, or of a class as its __init__ has it."""
+    """The signature of a function, or of a class's __init__."""
     if isinstance(node, _FUNCTIONS):
         return _RECEIVER.sub("(", f"({ast.unparse(node.args)})")
     inits = [n for n in node.body if isinstance(n, _FUNCTIONS) and n.name == "__init__"]

@@ -1,6 +1,6 @@
-"""Which calls the kernels cover. Any other call runs the stock forward, with the reason given here.
+"""Which calls the kernels cover. Any other call runs the stock forward, for the reason given here.
 
-A reason is a short phrase that names what stands in the way, as report(model) prints it.
+A reason is a short phrase that names the obstacle, as report(model) prints it.
 """
 
 import torch
@@ -21,7 +21,7 @@ from .kernels.launch import DTYPES
 from .kernels.layer_norm import MAX_N
 from .seen import HOOKS, forget, see, seen
 
-try:  # in later transformers 5; before, recording replaces `forward` on the modules meanwhile
+try:  # later transformers 5; earlier ones replace `forward` on the modules while recording
     from transformers.utils import output_capturing
 except ImportError:
     output_capturing = None
@@ -37,15 +37,15 @@ CHUNKS = {kind: vars(kind).get("feed_forward_chunk") for kind in MODULES}
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
 }  # fmt: skip
-# What they stand for, as it is before anybody replaces it.
+# Their originals, before anything can replace them.
 FUNCTIONS = dict(ALL_ATTENTION_FUNCTIONS)
 EAGER = {
     a.model_type: (a.module(), getattr(a.module(), "eager_attention_forward", None))
     for a in ARCHITECTURES
 }
-# A name of torch's own, which it may change.
+# Private to torch, which may change it.
 _in_torch_func = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-# Keywords of transformers that a forward may carry without any effect on the encoder.
+# transformers' keywords that a call may have without any effect on the encoder.
 HARMLESS = {
     "return_dict", "output_attentions", "output_hidden_states", "num_items_in_batch",
     "shift_labels", "labels",
@@ -58,7 +58,7 @@ def reason_of_call(model, inputs, kwargs):
         return "output_attentions"
     hidden_states = asked(model, kwargs, "output_hidden_states")
     if hidden_states and (hidden_states is not True or torch.is_grad_enabled()):
-        # With gradients, they must reach the hidden states that are handed out.
+        # Gradients would have to reach the hidden states that are returned.
         return "output_hidden_states with gradients or a selection of layers"
     if reason := _reason_of_cache(model, inputs):
         return reason
@@ -87,13 +87,13 @@ def reason_of_call(model, inputs, kwargs):
 
 
 def decodes(model):
-    """Whether a model attends causally, and may have cross attention and a cache."""
+    """Whether a model is a decoder: causal, possibly with cross attention and a cache."""
     return model.architecture.cross_attention is not None and bool(setting(model, "is_decoder"))
 
 
 def setting(model, name):
-    """What the config says of name; None where it says nothing. Not by way of transformers' own
-    lookup, which takes 3 us: a call asks for a dozen."""
+    """The config's value of name, or None. Avoids transformers' own lookup, which takes 3 us; a
+    call makes a dozen."""
     config = model.config
     if torch.compiler.is_compiling():
         return getattr(config, name, None)
@@ -116,7 +116,7 @@ def caches(model, inputs):
 
 
 def _reason_of_cache(model, inputs):
-    """The kernels fill a new cache. To attend to what is in one already is left to stock."""
+    """The kernels fill a new cache; attending to a filled one is left to stock."""
     if caches(model, inputs) and torch.compiler.is_compiling():
         return "use_cache in a decoder under torch.compile"
     if caches(model, inputs) and any(map(checkpoints, layers_of(model))):
@@ -179,8 +179,8 @@ def reason_of_model(model):
 
 
 def _reason_of_stock(model, stock, implementation):
-    """As reason_of_model, of what stock's forward calls by a name, where somebody may have put
-    something else."""
+    """As reason_of_model, for what stock's forward looks up by name, where it may have been
+    replaced."""
     name = "_create_attention_masks"
     if name in model.__dict__ or getattr(type(model), name, None) is not getattr(stock, name, None):
         return f"{name} replaced"
@@ -194,7 +194,7 @@ def _reason_of_stock(model, stock, implementation):
 
 
 def _reason_of_lengths(model):
-    """As _reason_of_buffers, where no number can be looked at."""
+    """As _reason_of_buffers, where no values can be read."""
     table = at(model, model.architecture.embeddings.position).weight
     t = model._modules["embeddings"]._buffers.get("position_ids")
     if model.architecture.position_ids is None and t is not None and t.shape[-1] != len(table):
@@ -202,14 +202,14 @@ def _reason_of_lengths(model):
     return None
 
 
-_counting = WeakIdKeyDictionary()  # buffers: their version when they were looked at, and if they do
+_counting = WeakIdKeyDictionary()  # buffer: its version when checked, and whether it was as assumed
 
 
 def _reason_of_buffers(model):
-    """(the reason or None, whether all could be looked at). Where a call says no positions or token
-    types, stock has buffers of them, which somebody may have replaced; the kernels count, and take
-    type 0. Their numbers are looked at once."""
-    looked, names = True, {"token_type_ids": 0}  # and by how much one number is more than the last
+    """(the reason or None, whether all could be checked). If a call gives no positions or token
+    types, stock reads them from buffers, which may have been replaced; the kernels count positions
+    and use type 0. The buffers' values are checked once."""
+    looked, names = True, {"token_type_ids": 0}  # and the step from each number to the next
     if model.architecture.position_ids is None:
         names["position_ids"] = 1
     for name, step in names.items():
@@ -222,7 +222,7 @@ def _reason_of_buffers(model):
                 looked = False
                 continue
             same = (t.cpu() == step * torch.arange(t.shape[-1], device="cpu")).all()
-            if type(same) is not torch.Tensor or same.is_meta:  # in a mode of fake tensors
+            if type(same) is not torch.Tensor or same.is_meta:  # under fake tensors
                 looked = False
                 continue
             _counting[t] = version, bool(same)
@@ -232,19 +232,19 @@ def _reason_of_buffers(model):
 
 
 def is_transformed():
-    """Whether this is inside a transform of torch.func (grad, jvp, vmap, ...), or a dual level of
-    forward-mode AD is open."""
+    """Whether this runs inside a torch.func transform (grad, jvp, vmap, ...) or a dual level of
+    forward-mode AD."""
     return _in_torch_func() or forward_ad._current_level >= 0
 
 
 def layers_of(model):
-    """The layers of an encoder, none where something else is in their place."""
+    """The layers of an encoder; none if something else has replaced them."""
     layers = getattr(model._modules.get(model.architecture.encoder), "layer", None)
     return layers if type(layers) is nn.ModuleList else ()
 
 
 def reason_of_parts(model):
-    """Why there are no embeddings or layers where the kernels look for them; None if there are."""
+    """Why embeddings or layers are not where the kernels expect them; None if they are."""
     architecture = model.architecture
     paths = architecture.embeddings
     for path, kind in (
@@ -268,13 +268,13 @@ def reason_of_parts(model):
 
 
 def asked(model, kwargs, name):
-    """An output_... flag of this call, which the config may answer."""
+    """An output_... flag of this call, which may come from the config."""
     value = kwargs.get(name)
     return setting(model, name) if value is None else value
 
 
 def _first_reason(model, dtype, device):
-    """As reason_of_model, of modules and buffers, which are looked at one by one if any changed."""
+    """As reason_of_model, for modules and buffers, which are checked one by one if any changed."""
     if torch.compiler.is_compiling():
         return _reason_of_modules(model, dtype, device)[0]
     beside = dtype, device, setting(model, "num_attention_heads"), decodes(model)
@@ -282,7 +282,7 @@ def _first_reason(model, dtype, device):
     if known is not None:
         if known.holds(beside):
             return None
-        forget(model)  # it keeps what was there
+        forget(model)  # it keeps the old modules alive
     reason, modules = _reason_of_modules(model, dtype, device)
     if reason is None:
         reason, looked = _reason_of_buffers(model)
@@ -292,7 +292,7 @@ def _first_reason(model, dtype, device):
 
 
 def parts_of(model):
-    """The modules in which all is that the kernels compute: a list."""
+    """A list of the modules that contain all that the kernels compute."""
     names = "embeddings", model.architecture.project, model.architecture.encoder
     return [model._modules[name] for name in names if name in model._modules]
 
@@ -325,7 +325,7 @@ def _path(model, module):
 
 
 def _reason_of_layer(architecture, layer, heads, is_decoder):
-    """As reason_of_model, of how the modules of a layer fit together, which are of known types."""
+    """As reason_of_model, for how the modules of a layer, all of known types, fit together."""
     activation = at(layer, architecture.feed_forward.activation)
     if type(activation) is not EXACT_GELU:
         return f"activation {getattr(activation, '__qualname__', type(activation).__qualname__)}"
@@ -350,7 +350,7 @@ def _reason_of_layer(architecture, layer, heads, is_decoder):
 
 
 def _reason_of_module(module, dtype, place):
-    """As reason_of_model, of one module of the encoder. Called for each at each call: 1 us."""
+    """As reason_of_model, for one module of the encoder. Takes 1 us per module."""
     kind = type(module)
     if kind not in MODULES:
         return _name(module)
@@ -359,7 +359,7 @@ def _reason_of_module(module, dtype, place):
         return "forward replaced on the module"
     if kind.forward is not MODULES[kind]:
         return f"forward replaced on {kind.__qualname__}"
-    if (  # spelled out: a loop over HOOKS takes three times as long
+    if (  # unrolled: a loop over HOOKS takes three times as long
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
@@ -388,8 +388,8 @@ def _name(module):
 
 
 def _is_harmless(hook):
-    """Whether a hook is transformers' own output recorder, which sleeps until outputs are asked
-    for; or what it puts on word embeddings for gradient checkpointing, which `embed` knows."""
+    """Whether a hook is transformers' own output recorder, which is inactive until outputs are
+    requested, or its hook on word embeddings for gradient checkpointing, which `embed` handles."""
     if output_capturing is not None and hook.__module__ == output_capturing.__name__:
         return True
     return asks_for_gradients(hook)

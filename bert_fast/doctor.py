@@ -29,13 +29,13 @@ from .encode import load
 from .kernels.launch import DTYPES, HAS_TRITON, INTERPRET, triton
 from .swap import report
 
-CASES = 2  # of each op: the typical one and its first edge
+CASES = 2  # per op: the typical one and its first edge case
 TEXTS = ("This is an example sentence.", "This one is longer, so that the first is padded.")
-LIKE_STOCK = 1e-5  # of the shipped checkpoint in float32, whose hidden states are of order 1
+LIKE_STOCK = 1e-5  # for the shipped checkpoint in float32, whose hidden states are of order 1
 
 
 def examine(track=iter):
-    """The document above. `track` wraps the list of checks as they are run, for a progress bar."""
+    """The document above. `track` wraps the list of checks as they run, for a progress bar."""
     versions, gpus = _versions(), _gpus()
     backends = {device: _backend(device) for device in ("cpu", "cuda")}
     todo = [what for device, found in backends.items() for what in _todo(device, found["backend"])]
@@ -72,7 +72,7 @@ def _versions():
 
 
 def _driver():
-    """The version of NVIDIA's driver, which torch does not tell; None where there is none."""
+    """The version of NVIDIA's driver, which torch does not expose; None if there is none."""
     if (smi := shutil.which("nvidia-smi")) is None:
         return None
     query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -102,7 +102,7 @@ def _backend(device):
 
 # -- are its numbers right ------------------------------------------------------------------
 def _todo(device, backend):
-    """Each check on device: what it is of, and the function that returns its error and share."""
+    """Each check on device: its subject, and the function that returns its error and share."""
     if backend is None:
         return
     for spec, dtype, i in itertools.product(kernels.SPECS, DTYPES, range(CASES)):
@@ -118,7 +118,7 @@ def _check(about, measure):
     raised = None
     try:
         error, share = (x.item() for x in measure())
-    except Exception as problem:  # whatever an op raises is what the check looks for
+    except Exception as problem:  # whatever an op raises is a finding
         raised = f"{type(problem).__name__}: {problem}"
     return {
         **about,
@@ -130,9 +130,9 @@ def _check(about, measure):
 
 
 def _error_of_op(spec, case, dtype, device):
-    """Against the definition in float64. Allowed are one ulp of each number and four times what
-    fp32 costs the definition; where an op rounds inside, what its dtype costs the definition, and
-    the ulp if it gives gradients, products of what it rounds."""
+    """Checks against the definition in float64. Allowed are one ulp of each number and four times
+    what fp32 costs the definition; where an op rounds inside, what its dtype costs the definition,
+    plus the ulp if it returns gradients, products of what it rounds."""
     torch.manual_seed(0)
     inputs = spec.inputs(dtype, device, **case)
     exact = _results(spec.ref, inputs, torch.float64)
@@ -140,7 +140,7 @@ def _error_of_op(spec, case, dtype, device):
     plain = _results(spec.ref, inputs, dtype if rounds_inside else torch.float32)
     errors, shares = [], []
     for ours, truth, other in zip(_results(spec.fn, inputs), exact, plain, strict=True):
-        allowed = torch.zeros_like(truth)  # of indices, which are exact
+        allowed = torch.zeros_like(truth)  # indices are exact
         if truth.is_floating_point():
             cost, ulp = (other - truth).abs().max(), torch.finfo(ours.dtype).eps * truth.abs()
             allowed += torch.finfo(torch.float32).eps * truth.abs().max()
@@ -180,7 +180,7 @@ def stock(name):
 
 @torch.inference_mode()
 def difference(model, other, inputs):
-    """The largest one between the last hidden states of two models, over the tokens."""
+    """The largest difference between the last hidden states of two models, over the tokens."""
     apart = model(**inputs).last_hidden_state - other(**inputs).last_hidden_state
     return apart[inputs["attention_mask"].bool()].abs().max()
 
@@ -220,10 +220,10 @@ def _problems(versions, gpus, backends, checks):
 
 
 def busy():
-    """(problem, remedy) where other processes take the CPUs that OpenMP's threads count on.
+    """(problem, remedy) if other processes take the CPUs that OpenMP's threads rely on.
 
-    A thread that spins at a barrier then takes the turn of the one it waits for. With a load of 3.7
-    on 2 CPUs, a forward of 6 layers of 384 took 3.0 s, and 0.65 s with OMP_WAIT_POLICY=PASSIVE.
+    A thread that spins at a barrier then takes the time slice of the one it waits for. At a load of
+    3.7 on 2 CPUs, a forward of 6 layers of 384 took 3.0 s, and 0.65 s with OMP_WAIT_POLICY=PASSIVE.
     """
     load, cpus = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
     if load > cpus and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":

@@ -1,4 +1,4 @@
-"""Texts to embeddings, and everything that can be wrong with the checkpoint that makes them.
+"""Texts to embeddings, and the errors for everything that can be wrong with a checkpoint.
 
     model, tokenizer = load("bert-base-uncased")
     ids, truncated = tokenize(texts, tokenizer, positions(model, tokenizer))
@@ -19,7 +19,7 @@ from .inputs import room
 from .swap import ENCODERS, accelerate
 
 POOLINGS = ("cls", "mean")
-# What transformers raises, by its version, for files that it cannot make sense of.
+# What transformers raises, depending on its version, for files that it cannot read.
 UNREADABLE = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError,
     pickle.UnpicklingError,
@@ -33,10 +33,10 @@ def load(name, dtype=torch.float32, device="cpu", head=None):
     head  what the checkpoint must have, as in the name of a class: "ForQuestionAnswering"; None
           takes a checkpoint with any head or none, for the encoder without a pooler
 
-    Returns (model of bert_fast, tokenizer); the model's weights are frozen, as `accelerate` has it,
-    which is worth most for a text or two. Raises OSError where there is no checkpoint and
-    ValueError where it is of another architecture or not whole, or has no such head: transformers
-    itself would fill what is missing with random weights or an empty vocabulary.
+    Returns (model of bert_fast, tokenizer); the model's weights are frozen, see `accelerate`, which
+    helps most for a text or two. Raises OSError if there is no checkpoint and ValueError if it has
+    another architecture, is incomplete, or lacks the head: transformers itself would fill what is
+    missing with random weights or an empty vocabulary.
     """
     encoder = _encoder_of(name)
     cls = encoder if head is None else _with_head(encoder, head)
@@ -73,7 +73,7 @@ def load(name, dtype=torch.float32, device="cpu", head=None):
 
 
 def _encoder_of(name):
-    """The encoder class that a checkpoint's config asks for."""
+    """The encoder class for a checkpoint's config."""
     local = os.path.isdir(name)
     if not local and os.path.exists(name):
         raise NotADirectoryError(f"{name}: is a file; give the directory of the checkpoint")
@@ -91,7 +91,7 @@ def _encoder_of(name):
             f"{name}: has no config.json; give a directory that save_pretrained wrote"
         )
     known = {cls.architecture.model_type: cls for cls in ENCODERS}
-    kind = config.get("model_type", "bert")  # checkpoints of 2019 do not say
+    kind = config.get("model_type", "bert")  # missing in checkpoints of 2019
     if kind not in known:
         raise ValueError(f"{name}: is a {kind} model; give one of {', '.join(known)}")
     return known[kind]
@@ -131,7 +131,7 @@ def _tokenizer(name, vocab_size):
 
 
 def _why(error):
-    """An error of another library in one short line."""
+    """Another library's error in one short line."""
     text = str(error).strip() or "no reason given"
     return f"{type(error).__name__}: {text.splitlines()[0].rstrip('.')}"
 
@@ -154,9 +154,9 @@ def tokenize(texts, tokenizer, limit):
 
 
 def batches(lengths, batch_tokens):
-    """Indices of `lengths` in lists, longest first, each of batch_tokens with its padding at most.
+    """Lists of indices of `lengths`, longest first, each at most batch_tokens with its padding.
 
-    A text longer than that is a batch of its own.
+    A text longer than that is its own batch.
     """
     found = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -168,11 +168,11 @@ def batches(lengths, batch_tokens):
 
 @torch.inference_mode()
 def encode(ids, model, pooling="cls", batch_tokens=8192, track=iter):
-    """Embeddings of texts that `tokenize` made ids of: float32[n, hidden] on the CPU, in order.
+    """Embeddings of texts tokenized by `tokenize`: float32[n, hidden] on the CPU, in order.
 
     pooling       "cls", the last hidden state of the first token, or "mean", over all tokens
-    batch_tokens  of a batch with its padding; it bounds memory
-    track         wraps the list of batches as they are run, for a progress bar
+    batch_tokens  tokens per batch, with its padding; it bounds memory
+    track         wraps the list of batches as they run, for a progress bar
     """
     if pooling not in POOLINGS:
         raise ValueError(f"encode: pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")

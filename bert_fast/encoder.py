@@ -10,7 +10,7 @@
                     LayerNorm(... + x)                                 x [T, H]
       unpack        zeros where there is no token                      [B, S, H]
 
-The ops find their implementation by device. Where a module is, architectures.py says.
+The ops select their implementation by device; architectures.py says where the modules are.
 """
 
 from typing import NamedTuple
@@ -29,11 +29,11 @@ from .trained_layer import Settings, is_trained, trained_layer
 class Tokens:
     """Where the tokens of a batch [B, S] are; `cu_seqlens` as attention takes it.
 
-    row_index, packed_row   as of `pack`; None for a batch without padding, which is packed already
+    row_index, packed_row   from `pack`; None for a batch without padding, which is packed already
     num_tokens              T on the device, for tensors of B * S rows; None for tensors of T rows
 
-    static  whether T stays on the device; None means as _stays_on_device says. Else it is read, and
-            a GPU waited for.
+    static  whether T stays on the device; if not, it is read, which waits for a GPU. None means
+            _stays_on_device decides.
     """
 
     def __init__(self, attention_mask, B, S, device, static=None):
@@ -52,7 +52,7 @@ class Tokens:
             self.row_index, self.packed_row = row_index[:T], packed_row
 
     def pack(self, x):
-        """x [B, S, ...] without its padding: [T, ...], or B * S rows beside num_tokens."""
+        """x [B, S, ...] without its padding: [T, ...], or [B * S, ...] together with num_tokens."""
         x = x.flatten(0, 1)
         return x if self.row_index is None else x.index_select(0, self.row_index)
 
@@ -64,8 +64,9 @@ class Tokens:
 
 
 def _stays_on_device(device):
-    """Whether T does: where no shape may depend on data (torch.compile, torch.export, CUDA graph
-    capture), and on a GPU unless gradients are wanted, whose ops are PyTorch on T rows."""
+    """Whether T stays on the device: where no shape may depend on data (torch.compile,
+    torch.export, CUDA graph capture), and on a GPU unless gradients are on, as their products are
+    PyTorch's, on T rows."""
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and (
@@ -106,7 +107,7 @@ def embed(model, inputs, tokens, seeds):
         num_tokens=tokens.num_tokens,
     )
     if torch.is_grad_enabled() and any(map(asks_for_gradients, parts.word._forward_hooks.values())):
-        x.requires_grad_()  # it may already
+        x.requires_grad_()  # no effect if it already does
     if _drops(parts.dropout):
         x = _drop(parts.dropout, x, tokens, seeds)
     project = architecture.project and model._modules.get(architecture.project)
@@ -114,14 +115,14 @@ def embed(model, inputs, tokens, seeds):
 
 
 def asks_for_gradients(hook):
-    """Whether a hook is what transformers puts on word embeddings for gradient checkpointing: what
-    comes out of them requires gradients, also where they are frozen."""
+    """Whether a hook is the one that transformers puts on word embeddings for gradient
+    checkpointing: it makes their output require gradients, even if they are frozen."""
     name = getattr(hook, "__name__", "")
     return name == "make_inputs_require_grads" and hook.__module__.startswith("transformers.")
 
 
 class _FrozenRow(torch.autograd.Function):
-    """A table itself, one row of which gets no gradient."""
+    """A table, unchanged, one row of which gets no gradient."""
 
     @staticmethod
     def forward(ctx, table, row):
@@ -136,14 +137,14 @@ class _FrozenRow(torch.autograd.Function):
 
 
 def _frozen_row(table, padding_idx):
-    """A table as torch.nn.Embedding has it: row padding_idx, if there is one, is not trained."""
+    """A table as in torch.nn.Embedding: row padding_idx, if there is one, is not trained."""
     if padding_idx is None or not (table.requires_grad and torch.is_grad_enabled()):
         return table
     return _FrozenRow.apply(table, padding_idx)
 
 
 def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, cache=None):
-    """One layer: x [T, H] -> [T, H]. A cache of transformers gets its keys and values."""
+    """One layer: x [T, H] -> [T, H]. Its keys and values are put into cache, transformers'."""
     part, feed_forward = find(layer, architecture.attention), find(layer, architecture.feed_forward)
     if memory is None and cache is None and is_recorded():
         modules = (
@@ -165,7 +166,7 @@ def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, ca
 
 
 def _settings(part, feed_forward, x, tokens, seeds, causal):
-    """Of a trained layer. Seeds are taken in the order of layer_forward."""
+    """The Settings of a trained layer. Seeds are taken in the order of layer_forward."""
     core = part.core
     dropouts = []
     for drops, dropout in (
@@ -182,14 +183,14 @@ def _settings(part, feed_forward, x, tokens, seeds, causal):
 
 
 def checkpoints(layer):
-    """Whether gradient checkpointing is on for a layer, as transformers notes it there."""
+    """Whether gradient checkpointing is on for a layer, where transformers keeps that flag."""
     on = layer.__dict__.get("gradient_checkpointing", False)
     return on and layer.training and torch.is_grad_enabled()
 
 
 def checkpointed(architecture, layer, x, tokens, seeds, causal, memory=None):
-    """layer_forward, of which nothing is kept for the backward but x, where it runs once more, on
-    the same seeds: by the function that transformers has put on the layer."""
+    """layer_forward, saving only x for the backward, where it runs again with the same seeds;
+    through the function that transformers has put on the layer."""
     drawn = []
 
     def run(x, states):
@@ -200,7 +201,7 @@ def checkpointed(architecture, layer, x, tokens, seeds, causal, memory=None):
 
 
 def _again(drawn, seeds):
-    """Those drawn before, then others, which are drawn then."""
+    """The seeds drawn before, then new ones, which are recorded as they are drawn."""
     yield from tuple(drawn)
     for seed in seeds:
         drawn.append(seed)
@@ -221,7 +222,7 @@ def _attend(part, x, tokens, seeds, causal, cache):
 
 
 def _attend_to(part, x, tokens, seeds, memory, cache):
-    """Cross attention: x [T, H] asks, memory [Tk, H] answers -> [T, H]."""
+    """Cross attention: queries from x [T, H], keys and values from memory [Tk, H] -> [T, H]."""
     q = _heads(part, _product(part.query, x, tokens))
     k, v = (_heads(part, _product(m, *memory)) for m in (part.key, part.value))
     if cache is not None:
@@ -236,7 +237,7 @@ def _attend_to(part, x, tokens, seeds, memory, cache):
 
 
 def _dropout_of(core, seeds):
-    """Keywords of attention for its dropout. Whether core trains counts, as in stock."""
+    """Keywords of attention for its dropout; as in stock, core.training decides."""
     if core.training and core.dropout.p:
         return {"dropout_p": core.dropout.p, "seed": next(seeds)}
     return {}
@@ -263,8 +264,8 @@ def _heads(part, y):
 
 
 def _product(linear, x, tokens, activation=None, residual=None):
-    """The product of x [T, K] with a Linear, and what `linear` does to it. Under autocast it is in
-    its dtype, like the products of stock."""
+    """The product of x [T, K] with a Linear, with linear's epilogue. Under autocast it runs in
+    autocast's dtype, like stock's products."""
     weight, bias = _parameter(linear, "weight"), _parameter(linear, "bias")
     packed = _frozen((linear,), x, tokens)
     if packed is not None:
@@ -274,32 +275,31 @@ def _product(linear, x, tokens, activation=None, residual=None):
 
 
 def _frozen(linears, x, tokens):
-    """Frozen weights for a product with x, one below the other; None where there are none."""
+    """Frozen weights for a product with x, stacked; None where there are none."""
     return prepacked(linears, x) if tokens.num_tokens is None else None
 
 
 def _parameter(linear, name):
-    """By way of _parameters, as in `at`, which replicas of DataParallel do without."""
+    """Read through _parameters, as `at` does; DataParallel replicas have none there."""
     p = linear._parameters.get(name)
     return getattr(linear, name) if p is None else p
 
 
 def _autocasted(*tensors):
-    """Tensors as products take them."""
+    """The tensors in autocast's dtype, if it is on."""
     dtype = autocast_dtype(tensors[0].device)
     return tensors if dtype is None else [t.to(dtype) for t in tensors]
 
 
 def autocast_dtype(device):
-    """The dtype that products on a device are to have, or None for that of what they are of."""
+    """The dtype of products on a device under autocast, or None for that of their operands."""
     device = device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _add_norm(part, linear, h, x, tokens, seeds):
-    """LayerNorm(dropout(linear(h)) + x): the end of an attention and of a feed-forward. x is added
-    by the product, or by the dropout that follows, or under autocast, where x is wider, by
-    LayerNorm."""
+    """LayerNorm(dropout(linear(h)) + x), which ends attention and feed-forward. x is added by the
+    product, or by a dropout that follows, or, under autocast, where x is wider, by LayerNorm."""
     drops, wider, norm = _drops(part.dropout), autocast_dtype(x.device) is not None, part.norm
     h = _product(linear, h, tokens, residual=None if drops or wider else x)
     if drops:
@@ -319,7 +319,7 @@ def _drop(dropout, x, tokens, seeds, residual=None):
 
 
 def _keep(cache, index, k, v, tokens):
-    """Put k and v [T, heads, D] into a cache at their positions, as those of layer `index`: of the
-    number that stock's attention has, whatever layers have been taken out or moved."""
+    """Put k and v [T, heads, D] into a cache at their positions, as those of layer `index`: the
+    index stored in stock's attention, even if layers have been removed or moved."""
     k, v = (tokens.unpack(t.flatten(1)).unflatten(2, t.shape[1:]).transpose(1, 2) for t in (k, v))
     cache.update(k, v, index)

@@ -1,17 +1,17 @@
-"""Weights that will not be written to any more, with a copy in the layout that oneDNN computes in.
+"""Weights that will no longer be written to, with a copy in oneDNN's own layout.
 
-oneDNN brings a weight into that layout at every product, which takes half the time of a product of
-a few rows. On a CPU with AVX-512, without gradients, products of 7 to 16 tokens take half to two
+oneDNN converts a weight to that layout at every product, which takes half the time of a product
+with few rows. On a CPU with AVX-512, without gradients, products of 7 to 16 tokens take half to two
 thirds of the time, those of 128 tokens 0.95 of it. Without AVX-512 only inputs of up to FEW tokens
-(linear.py) run on the copy, at 0.6 to 1.0 of the time. Of 16 bits that the CPU has no instructions
-for, the copy is in fp32, which spares converting the weight at each product of any size.
+(linear.py) run on the copy, at 0.6 to 1.0 of the time. For 16-bit dtypes without CPU instructions
+the copy is in fp32, which saves converting the weight at each product of any size.
 
 A change of the weights is noticed where PyTorch counts it (load_state_dict, `.to()`, any in-place
-operation on a parameter), and the copy is made anew. Writes through `.data` are not counted, nor
-are steps of fused optimizers. So a forward with gradients, which comes before such a step, drops
-copies too, none are made while weights have a gradient, and a call of the stock forward drops them,
-as while adapters are in. Nobody hears of other writes through `.data`: so accelerate(model,
-frozen=True) has to be asked for.
+operation on a parameter), and the copy is remade. Writes through `.data` are not counted, nor are
+steps of fused optimizers. So a forward with gradients, which precedes such a step, drops copies
+too; none are made while weights have a gradient; and a call of the stock forward drops them, as
+when adapters are attached. Other writes through `.data` go unnoticed, so this is only on request:
+accelerate(model, frozen=True).
 """
 
 import torch
@@ -19,21 +19,21 @@ from torch import nn
 
 from .kernels.linear import prepack, takes_prepacked
 
-NAME = "_bert_fast_prepacked"  # of the Prepacked on a Linear
+NAME = "_bert_fast_prepacked"  # attribute of a Linear that holds its Prepacked
 
 
 class Prepacked:
-    """The weight of a Linear, or of it and others as rows of one, in oneDNN's layout."""
+    """The weight of a Linear, or those of several stacked, in oneDNN's layout."""
 
     def __init__(self):
-        # What it was made of, the copy, and the weights: while their memory is kept, no other
-        # weight can be where they are.
+        # What the copy was made from, the copy, and the weights: while their memory is kept alive,
+        # no other weight can have their addresses.
         self.drop()
 
     def drop(self):
         self._kept = (None, None, None)
 
-    def __reduce__(self):  # copies and files start without
+    def __reduce__(self):  # copied and loaded models start without
         return Prepacked, ()
 
     def of(self, weights):
@@ -47,25 +47,25 @@ class Prepacked:
 
 
 def prepacked(linears, x):
-    """The weights of Linears in oneDNN's layout, for a product with x [T, K]; None where they are
-    not frozen, or oneDNN has no part in this product, or gradients may be asked for."""
+    """The weights of Linears in oneDNN's layout, for a product with x [T, K]; None if they are not
+    frozen, oneDNN does not compute this product, or gradients may be requested."""
     kept = linears[0].__dict__.get(NAME)
     if kept is None or torch.compiler.is_compiling():
         return None
     weights = [m.weight for m in linears]
     trains = torch.is_grad_enabled() or any(w.grad is not None for w in weights)
-    if x.device.type != "cpu" or trains:  # a step may follow
+    if x.device.type != "cpu" or trains:  # an optimizer step may follow
         kept.drop()
         return None
     if torch.is_autocast_enabled("cpu") or not takes_prepacked(x):
         return None
-    if any(w.is_inference() for w in weights):  # these count no writes
+    if any(w.is_inference() for w in weights):  # writes to these are not counted
         return None
     return kept.of(weights)
 
 
 def turn(model, on):
-    """Freeze the weights of an encoder or not; whether that changes anything."""
+    """Freeze or unfreeze the weights of an encoder. Returns whether that changes anything."""
     changed = on != is_frozen(model)
     if changed:
         model.__dict__.pop(NAME, None)
@@ -84,7 +84,7 @@ def is_frozen(model):
 
 
 def drop_copies(model):
-    """Of an encoder's weights: they are made anew where they are needed."""
+    """Drop the copies of an encoder's weights; they are remade when needed."""
     if is_frozen(model):
         for m in model.modules():
             if m is not model and NAME in m.__dict__:

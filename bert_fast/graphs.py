@@ -1,24 +1,24 @@
-"""CUDA graphs: one launch in place of ninety, where those take longer than the GPU's work.
+"""CUDA graphs: one launch instead of ninety, where those take longer than the GPU's work.
 
-A graph is an encoder's forward recorded once, on tensors that stay where they are: a call copies
-its inputs in, replays, and copies last_hidden_state out. Their shape is that of a bucket: a batch
+A graph is an encoder's forward recorded once, on tensors at fixed addresses: a call copies its
+inputs in, replays, and copies last_hidden_state out. Their shape is that of a bucket: a batch size
 and a length, rounded up. The kernels skip what is not a token, so a larger bucket costs little, and
 raggedness nothing.
 
 Which calls     on a GPU, without gradients or autocast, of an encoder that does not decode, with a
-                mask [B, S] or none, for the usual outputs, in a bucket of MAX_TOKENS positions at
-                most. Others run as without graphs.
-When recorded   at a bucket's second call; the first compiles what runs. Models take turns, as
-                nobody may synchronize the device meanwhile; one who does gets an error, and the
-                call runs without a graph. After ATTEMPTS recordings in a row that failed, or one
-                for want of memory, graphs are off until accelerate() is called again.
-When dropped    LIMIT are kept, of KEPT positions in all. The least recently used makes way, once
-                STALE calls have passed without it: where more sizes than that recur, some run
-                without a graph, as recording takes longer than a forward. All go where weights are
-                elsewhere than they were or a number in the recording (eps, scaling) has changed,
-                which is seen at the next call; where memory runs out; by restore().
-Memory          one pool for the graphs of a model: what the largest bucket needs for a forward, and
-                for each graph its output, of KEPT rows in all at most
+                mask [B, S] or none, for the usual outputs, in a bucket of at most MAX_TOKENS
+                positions. Others run without graphs.
+When recorded   at a bucket's second call; the first compiles what runs. Models take turns, as no
+                other thread may synchronize the device meanwhile; one that does gets an error, and
+                the call runs without a graph. After ATTEMPTS failed recordings in a row, or one
+                that ran out of memory, graphs are off until accelerate() is called again.
+When dropped    At most LIMIT are kept, of KEPT positions in total. The least recently used is
+                evicted once it has not been used for STALE calls: where more sizes recur, some run
+                without a graph, as recording takes longer than a forward. All are dropped if a
+                weight has moved or a number baked into the recording (eps, scaling) has changed,
+                which is noticed at the next call; if memory runs out; by restore().
+Memory          one pool for the graphs of a model: what the largest bucket needs for a forward,
+                plus each graph's output, at most KEPT rows in total
 """
 
 import collections
@@ -54,11 +54,11 @@ class Bucket(NamedTuple):
     B: int
     S: int
     inputs: tuple  # (name, dtype, width or nothing) of each that is given; the mask always is
-    tables: tuple  # rows of each embedding, as kernels stop at ids past the table that they know,
-    # and where the first is: an FSDP frees it between calls, and a replay is not to read it then
+    tables: tuple  # rows of each embedding, as kernels trap on ids past the recorded table size,
+    # and the first one's address: FSDP frees it between calls, when no replay may read it
     allows_tf32: bool
-    training: tuple | None  # of a graph of training: dtype of autocast or None, and whether
-    # deterministic algorithms are asked for
+    training: tuple | None  # for training graphs: autocast's dtype or None, and whether
+    # deterministic algorithms are on
 
 
 def bucket_of(model, inputs, kwargs, training=None):
@@ -81,8 +81,8 @@ def bucket_of(model, inputs, kwargs, training=None):
     mask = inputs.attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (B, S)):
         return None
-    beside = inputs.encoder_hidden_states, inputs.encoder_attention_mask, inputs.past_key_values
-    if any(t is not None for t in beside):
+    cross = inputs.encoder_hidden_states, inputs.encoder_attention_mask, inputs.past_key_values
+    if any(t is not None for t in cross):
         return None
     kinds = []
     for name in COPIED:
@@ -105,9 +105,9 @@ COPIED = "input_ids", "inputs_embeds", "token_type_ids", "position_ids"
 
 
 def _tables(model):
-    """(rows of the embeddings and the place of the first, tokens of a sequence that have a
-    position), as they are now: where an id is outside of a table, the kernel of an old graph stops,
-    and with it the process."""
+    """(rows of each embedding and the address of the first, how many tokens of a sequence have a
+    position), as of now: an id outside a table would trap in the kernel of a stale graph and end
+    the process."""
     paths = model.architecture.embeddings
     places = filter(None, (paths.word, paths.position, paths.token_type))
     weights = [at(model, path).weight for path in places]
@@ -122,17 +122,17 @@ def _size(B):
 
 # -- one graph ------------------------------------------------------------------------------
 class Graph:
-    """A forward of model, recorded for a bucket; `inputs` are like those of its calls."""
+    """A forward of model, recorded for a bucket; `inputs` are those of one of its calls."""
 
     def __init__(self, model, bucket, inputs, pool):
         device = device_of(model)
-        with torch.inference_mode(False), torch.no_grad():  # else only inference could write them
+        with torch.inference_mode(False), torch.no_grad():  # else writable in inference only
             static = self._hold(bucket, inputs, device)
             with drawing_undone(device):
                 self.replay, self.last = _record(lambda: model._encode(static)[0], pool, device)
 
     def _hold(self, bucket, inputs, device):
-        """Inputs of the shape of a bucket, to be written to, with those of a call in them."""
+        """Static inputs in the shape of a bucket, filled with those of a call."""
         B, S = bucket.B, bucket.S
         self.mask = torch.zeros(B, S, dtype=torch.bool, device=device)
         self.inputs = {
@@ -143,7 +143,7 @@ class Graph:
         return Inputs(attention_mask=self.mask, **self.inputs)
 
     def run(self, inputs):
-        """last_hidden_state of a call [B, S, H]: a tensor of the caller's own."""
+        """last_hidden_state of a call [B, S, H], in a tensor that the caller owns."""
         B, S = self._write(inputs)
         self.replay()
         return self.last[:B, :S].clone(memory_format=torch.contiguous_format)
@@ -162,51 +162,50 @@ class Graph:
 
 
 def device_of(model):
-    """Where its weights are; also of a replica of DataParallel's, which has no parameters."""
+    """Where its weights are; works for a DataParallel replica too, which has no parameters."""
     return at(model, model.architecture.embeddings.word).weight.device
 
 
 def drawing_undone(device):
-    """A call draws what it would draw without a graph, also where it is recorded."""
+    """A call draws the same random numbers as without a graph, even when it is recorded."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-# The next seven are CUDA's own.
+# The next seven functions are specific to CUDA.
 def there_are(device):
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def _new_pool(device):
-    """Memory for graphs, and the stream to record them in: memory is used again in one alone."""
+    """A memory pool for graphs, and the stream to record in: memory is reused only within one."""
     return torch.cuda.graph_pool_handle(), _recording_stream(device)
 
 
-@functools.cache  # torch has 32, and gives the next to whoever asks, also where one is in use
+@functools.cache  # torch hands out 32 streams in rotation, even those that are in use
 def _recording_stream(device):
     return torch.cuda.Stream(device)
 
 
 def _record(forward, pool, device):
-    """forward() -> tensor as a graph: (function that replays it, the tensor that it fills)."""
+    """Record forward() -> tensor: (function that replays it, the tensor that it fills)."""
     pool, stream = pool
     with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            forward()  # a stream's first product of matrices allocates
+            forward()  # a stream's first matmul allocates
         torch.cuda.current_stream().wait_stream(stream)
         graph, output = captured(forward, pool, stream)
     return graph.replay, output
 
 
 def captured(run, pool, stream):
-    """(the graph of run(), what it returned). Other threads may go on with what a recording forbids
-    this one. No garbage is collected, as graphs among it would be destroyed, which breaks the
-    capture."""
+    """(the graph of run(), what it returned). Other threads may still do what a recording forbids
+    this one. Garbage collection is off, as destroying a graph would break the capture."""
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
     gc.disable()
     try:
         with (
-            torch.cuda.stream(torch.cuda.current_stream()),  # also where ending a capture raises
+            torch.cuda.stream(torch.cuda.current_stream()),  # restored if ending raises
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             return graph, run()
@@ -219,28 +218,28 @@ def captured(run, pool, stream):
 
 
 def _finish_broken_capture(pool, stream):
-    """What torch leaves undone where a capture was not valid (pytorch issues 180395, 172390): the
-    allocator goes on to fill the pool and frees nothing, and numbers cannot be drawn."""
-    try:  # names that are torch's own, as its inductor calls them
+    """Clean up what torch leaves after an invalid capture (pytorch issues 180395, 172390): the
+    allocator keeps filling the pool and frees nothing, and random numbers cannot be drawn."""
+    try:  # private names, called as torch's inductor does
         torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         torch._C._cuda_releasePool(stream.device_index, pool)
     except (AttributeError, RuntimeError):
-        return  # nothing was left undone
+        return  # nothing to clean up
     number = torch.zeros(1, device=stream.device)
     stream.wait_stream(torch.cuda.current_stream())
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
         torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),
     ):
-        number.zero_()  # the end of a capture that is valid
+        number.zero_()  # a capture that ends validly
 
 
 
 
 @contextlib.contextmanager
 def in_turn(done, device):
-    """The GPU takes what is launched here after what was launched here before, in any stream: after
-    the event `done`, if there is one. Gives the event that is recorded behind it."""
+    """What is launched inside runs after what was launched inside before, in any stream: after the
+    event `done`, if given. Yields the event that is recorded behind it."""
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream()
         if done is None:
@@ -254,14 +253,14 @@ def in_turn(done, device):
 
 
 # -- the graphs of a model ------------------------------------------------------------------
-_recording = threading.Lock()  # of any model
+_recording = threading.Lock()  # shared by all models
 
 
 class Played(NamedTuple):
-    """What a graph gave before anything was checked."""
+    """The result of a replay, before any check."""
 
     last: torch.Tensor  # last_hidden_state
-    recorded: list  # `Graphs._recorded` of that moment
+    recorded: list  # `Graphs._recorded` at that moment
 
 
 class Graphs:
@@ -276,7 +275,7 @@ class Graphs:
         self._forget()
 
     def _finish_replays(self):
-        """What one in another stream uses must not be freed."""
+        """Wait: what a replay in another stream uses must not be freed."""
         if self._done is not None:
             self._done.synchronize()
 
@@ -285,9 +284,9 @@ class Graphs:
         self._done = None
         self._graphs = collections.OrderedDict()  # Bucket -> Graph, in the order of use
         self._seen = set()  # buckets that have run without a graph
-        self._recorded = None  # what is the same in all graphs, as _burnt_in has it
-        self._of_seen = None  # refers to the Seen of the model when that was compared
-        self._weights = ()  # keeps the memory that they read
+        self._recorded = None  # what is baked into all graphs, see _burnt_in
+        self._of_seen = None  # refers to the Seen of the model at the last comparison
+        self._weights = ()  # keeps the memory that graphs read
         self._pool = None
 
     @property
@@ -295,7 +294,8 @@ class Graphs:
         return len(self._graphs)
 
     def drop(self, why=None):
-        """Free all graphs, and record no more if there is a reason why; whether there were any."""
+        """Free all graphs, and record no more if there is a reason why. Returns whether there were
+        any."""
         with self._lock:
             there = self.count > 0
             self._forget()
@@ -305,8 +305,8 @@ class Graphs:
             return there
 
     def replay(self, bucket, inputs):
-        """Played, if the call's bucket has a graph. Nothing is checked before: the GPU's work hides
-        the checks, and `result` says what it is worth."""
+        """Played, if the call's bucket has a graph. Nothing is checked first: the GPU's work hides
+        the checks, and `result` decides whether the replay is valid."""
         with self._lock:
             self._calls += 1
             graph = self._graphs.get(bucket)
@@ -326,7 +326,7 @@ class Graphs:
             return graph.run(inputs)
 
     def check(self, model):
-        """Drop graphs that are not of model as it is, which has been looked at in this call."""
+        """Drop graphs that no longer match the model, which this call has checked."""
         with self._lock:
             now = seen(model)
             if self._recorded is None or (now is not None and now is referred(self._of_seen)):
@@ -337,13 +337,13 @@ class Graphs:
                 self.drop()
 
     def result(self, model, bucket, inputs, played):
-        """last_hidden_state of a call that the kernels cover: what was played, if it was the model
-        as it is now; else of a new graph; None where there is to be none."""
+        """last_hidden_state of a call that the kernels cover: that of the replay, if its graph
+        matches the model; else of a new graph; None if none is to be recorded."""
         with self._lock:
             self.check(model)
             if played is not None and played.recorded is self._recorded:
                 return played.last
-            if self.off or bucket in self._graphs:  # another thread's, meanwhile
+            if self.off or bucket in self._graphs:  # recorded by another thread meanwhile
                 return None
             if bucket not in self._seen:
                 self._seen.add(bucket)
@@ -353,7 +353,7 @@ class Graphs:
             return self._record(model, bucket, inputs)
 
     def _make_room(self, bucket):
-        """Whether there is room for another graph, or one that is no longer used made it."""
+        """Whether there is room for another graph; a stale one may be evicted for it."""
         while self.count >= LIMIT or sum(b.B * b.S for b in (bucket, *self._graphs)) > KEPT:
             oldest = next(iter(self._graphs), None)
             if oldest is None or self._calls - self._graphs[oldest].used < STALE:
@@ -371,7 +371,7 @@ class Graphs:
             with _recording:
                 self._pool = self._pool or _new_pool(device_of(model))
                 graph = self._new_graph(model, bucket, inputs)
-        except Exception as error:  # Triton's are of classes of their own
+        except Exception as error:  # Triton raises classes of its own
             self._failures += 1
             why = f"{type(error).__name__} while recording, {error}"
             over = self._failures == ATTEMPTS or isinstance(error, torch.OutOfMemoryError)
@@ -389,7 +389,7 @@ class Graphs:
             return None
 
     def __del__(self):
-        if not (self._done and torch.cuda.is_current_stream_capturing()):  # which may not wait
+        if not (self._done and torch.cuda.is_current_stream_capturing()):  # which forbids a wait
             self._finish_replays()
 
 
@@ -402,7 +402,7 @@ NUMBERS = "eps", "scaling", "training", "p", "attention_head_size", "padding_idx
 
 
 def _burnt_in(model):
-    """What a graph has in it as a number: where each weight is, and settings of modules."""
+    """What is baked into a recording: the address of each weight, and settings of modules."""
     modules, found = [model], []
     for module in modules:
         state = module.__dict__
@@ -415,11 +415,11 @@ def _burnt_in(model):
 
 
 class OfModels:
-    """The graphs of encoders, of one kind. They are beside the models, as a graph is of one object:
-    not of its copies, nor of DataParallel's replicas.
+    """The graphs of all encoders, of one kind. They are kept outside the models, as a graph belongs
+    to one object: not to its copies, nor to DataParallel replicas.
 
-    mark  an attribute of encoders for which they are turned on, or if marks_off, off. Copies of a
-          model have it too, and what is read from a file.
+    mark  attribute of encoders for which graphs are turned on, or if marks_off, off. Copies of a
+          model have it too, as do models read from a file.
     """
 
     def __init__(self, kind, mark, marks_off):
@@ -436,8 +436,8 @@ class OfModels:
         return self._held.get(model) or self._held.setdefault(model, self._kind())
 
     def turn(self, model, on):
-        """Turn them on or off for an encoder; whether that changes anything. Those that are off as
-        recording failed may be tried again."""
+        """Turn them on or off for an encoder. Returns whether that changes anything. If recording
+        has failed, it may be tried again."""
         failed = model in self._held and self._held[model].off
         if on == self._is_on(model) and not (on and failed):
             return False
@@ -447,7 +447,7 @@ class OfModels:
         return True
 
     def forget(self, model):
-        """As of an encoder for which nobody has turned them on or off, and that has none."""
+        """Return an encoder to the default, without graphs."""
         model.__dict__.pop(self._mark, None)
         if held := self._held.pop(model, None):
             held.drop()

@@ -1,4 +1,4 @@
-"""What a call gives an encoder, and the errors for what cannot be meant."""
+"""The arguments of a call to an encoder, and the errors for invalid ones."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .coverage import reason_of_parts
 
 
 class Inputs(NamedTuple):
-    """The arguments of a forward. B sequences of S positions, and Sk of an encoder beside them."""
+    """The arguments of a forward: B sequences of S positions, and Sk positions of an encoder."""
 
     input_ids: torch.Tensor | None = None  # integer [B, S]
     attention_mask: torch.Tensor | None = None  # [B, S], what is not zero is a token
@@ -30,7 +30,7 @@ TENSORS = "input_ids", "token_type_ids", "position_ids", "inputs_embeds", "encod
 
 
 def check(model, inputs):
-    """Raise ValueError for inputs that do not fit, or return the reason to leave them to stock."""
+    """Raise ValueError for inputs that do not fit, or return the reason to run stock."""
     me = type(model).__name__
     for other_name in TENSORS:
         t = getattr(inputs, other_name)
@@ -93,13 +93,13 @@ def check(model, inputs):
 
 
 def first_position(model):
-    """What a model that numbers positions itself starts with: 0, or 1 past the padding id."""
+    """The first position where the model numbers them itself: 0, or the padding id plus 1."""
     return 0 if model.architecture.position_ids is None else model.embeddings.padding_idx + 1
 
 
 def room(model):
     """How many tokens of a sequence have a position, where the model numbers them itself."""
-    if reason_of_parts(model):  # it is stock that runs, on embeddings of the user's own
+    if reason_of_parts(model):  # stock runs, on the user's own embeddings
         return model.config.max_position_embeddings
     table = at(model, model.architecture.embeddings.position).weight
     return len(table) - first_position(model)
@@ -113,7 +113,7 @@ def _check_positions(model, inputs, name, S):
     if first:
         less = f" less {first}, as counting starts after the padding id"
         if count > has and inputs.input_ids is not None and not torch.compiler.is_compiling():
-            # Padding ids take no position. Only here does the check wait for a GPU.
+            # Padding ids take no position. Only here does a check wait for a GPU.
             count = max((inputs.input_ids != first - 1).sum(1).tolist(), default=0)
     if count > has:
         raise ValueError(

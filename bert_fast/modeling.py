@@ -54,18 +54,18 @@ logger = logging.getLogger("bert_fast")
 
 # -- counting -------------------------------------------------------------------------------
 class Calls:
-    """How often a module ran on the kernels, how often stock ran in their place, and why."""
+    """How often a module ran on the kernels, how often stock ran instead, and why."""
 
     def __init__(self):
         self.fast = 0
         self.stock = collections.Counter()
         self._lock = threading.Lock()
 
-    def __reduce__(self):  # a copy of a model, or one from a file, has not run yet
+    def __reduce__(self):  # a copied or loaded model has not run yet
         return Calls, ()
 
     def count(self, reason):
-        """Add a call, None for a fast one; whether its reason occurs for the first time."""
+        """Count a call; reason is None for a fast one. Returns whether the reason is new."""
         with self._lock:
             if reason is None:
                 self.fast += 1
@@ -87,18 +87,17 @@ def _say(reason):
 
 # -- the encoders ---------------------------------------------------------------------------
 class _Encoder:
-    """A transformers model whose encoder is bert_fast's; its `architecture` says where that is.
+    """A transformers model whose encoder is bert_fast's; `architecture` says where its parts are.
 
     Two things differ. Positions that the attention mask excludes are zeros in `last_hidden_state`
-    and `hidden_states`, where the stock model has numbers without a meaning; a sequence that has no
-    token at all is zeros too. And a call fails with a ValueError that says why where the stock
-    model would fail later, or not at all: for an attention_mask of another batch size, ids
-    outside their tables (on the CPU), more positions than the model has, and tensors that are not
-    on the model's device.
+    and `hidden_states`, where the stock model has meaningless numbers; a sequence without any token
+    is zeros too. And a call raises a ValueError with the reason where the stock model would fail
+    later, or not at all: for an attention_mask with another batch size, ids outside their tables
+    (on the CPU), more positions than the model has, and tensors on another device than the model.
     """
 
     def _run(self, stock_forward, kwargs, **inputs):
-        """The forward of all of them: on the kernels, or stock_forward and the reason counted."""
+        """Their common forward: on the kernels, or stock_forward with the reason counted."""
         given = Inputs(**inputs)
         graphs = graphs_of(self)
         bucket = bucket_of(self, given, kwargs) if graphs else None
@@ -107,12 +106,12 @@ class _Encoder:
         if reason is None:
             reason = reason_of_model(self)
             if reason is not None and played is not None:
-                graphs.drop()  # of another model than this one is now
+                graphs.drop()  # recorded before the model changed
         if reason is None:
             reason = check(self, given)
         if torch.compiler.is_compiling():
             if reason is not None:
-                _say(reason)  # as it is traced: what is compiled counts no calls
+                _say(reason)  # while tracing: compiled code does not count calls
         elif calls_of(self).count(reason):
             _say(reason)
         if reason is not None:
@@ -141,17 +140,17 @@ class _Encoder:
         return self._output(last, kwargs, cache, (*states, last) if wanted else None)
 
     def _encode_directly(self, inputs, wanted):
-        """As _encode, past torch's dispatcher where it is not needed."""
+        """As _encode, bypassing torch's dispatcher where it is not needed."""
         layers = self.architecture.layers(self)
         if torch.compiler.is_compiling() or any(map(checkpoints, layers)):
-            return self._encode(inputs, wanted)  # checkpointing may listen, by a mode of its own
+            return self._encode(inputs, wanted)  # checkpointing may use a dispatch mode
         weight = at(self, self.architecture.embeddings.word).weight
         with directly(weight.device, [t for t in inputs if isinstance(t, torch.Tensor)]):
             return self._encode(inputs, wanted)
 
     def _encode(self, inputs, wanted=False, static=None):
-        """(last_hidden_state, those before it if wanted, the cache) of a call that is covered.
-        static is as of Tokens."""
+        """(last_hidden_state, earlier hidden states if wanted, the cache) of a covered call;
+        static as in Tokens."""
         architecture = self.architecture
         B, S = inputs.shape()
         device = at(self, architecture.embeddings.word).weight.device
@@ -177,7 +176,7 @@ class _Encoder:
         return tokens.unpack(x), states, cache
 
     def _output(self, last, kwargs, cache=None, states=None):
-        """What forward returns, as stock has it."""
+        """What forward returns, in stock's form."""
         output = self.architecture.output(last_hidden_state=last)
         if getattr(self, "pooler", None) is not None:
             output["pooler_output"] = self.pooler(last)
@@ -187,7 +186,7 @@ class _Encoder:
             output["hidden_states"] = states
         return output if asked(self, kwargs, "return_dict") is not False else output.to_tuple()
 
-    def _apply(self, fn, recurse=True):  # of .to() and the like, where weights may move
+    def _apply(self, fn, recurse=True):  # for .to() and the like, which may move weights
         super()._apply(fn, recurse)
         forget(self)
         for held in filter(None, (graphs_of(self), training_graphs_of(self))):
@@ -201,7 +200,7 @@ def _tokens(mask, B, S, device, static):
 
 
 def _new_cache(config, crosses):
-    """As stock makes it."""
+    """A new cache, as stock makes it."""
     if crosses or config.is_encoder_decoder:
         return transformers.EncoderDecoderCache(
             transformers.DynamicCache(config=config), transformers.DynamicCache(config=config)
@@ -210,7 +209,7 @@ def _new_cache(config, crosses):
 
 
 class _BertLike(_Encoder):
-    """The forward that all but DistilBERT have."""
+    """The forward of all architectures but DistilBERT."""
 
     def forward(
         self,
@@ -301,7 +300,7 @@ class _Head:
 
     def __init__(self, config):
         super().__init__(config)
-        if type(self.base_model) not in STOCK:  # unless somebody put ours in transformers' place
+        if type(self.base_model) not in STOCK:  # unless transformers' class was replaced by ours
             put_on(self.base_model)
 
     def __init_subclass__(cls):
@@ -370,11 +369,11 @@ CLASSES = tuple(globals()[name] for name in __all__)
 STOCK = {fast: getattr(transformers, fast.__name__) for fast in CLASSES}
 FAST = {stock: fast for fast, stock in STOCK.items()}
 for _fast, _stock in STOCK.items():
-    _fast.stock = _stock, _stock.forward  # as it is now, before anybody replaces it
+    _fast.stock = _stock, _stock.forward  # its original forward, before any patch
 
 
 def put_on(module):
-    """Make a module of a transformers class one of the bert_fast class that stands for it."""
+    """Turn a module of a transformers class into one of the corresponding bert_fast class."""
     fast = FAST[type(module)]
     _register_outputs(fast)
     module.__class__ = fast
@@ -382,7 +381,7 @@ def put_on(module):
 
 @functools.cache
 def _register_outputs(fast):
-    """transformers notes in a model's constructor which outputs its class can record. A class that
-    is put on a finished model must have been constructed once, or a stock forward of it would
-    record no attentions. The constructor all models share makes no modules."""
+    """transformers registers in a model's constructor which outputs its class can record. A class
+    assigned to an existing model must therefore have been constructed once, or its stock forward
+    would record no attentions. The constructor that all models share creates no modules."""
     transformers.PreTrainedModel.__init__(fast.__new__(fast), fast.config_class())

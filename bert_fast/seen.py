@@ -1,12 +1,11 @@
-"""An encoder's modules as they were when they were looked at, and whether they still are.
+"""A snapshot of an encoder's modules when they were last checked, and whether it still holds.
 
-To look at the two hundred modules of a base model takes as long as a GPU takes for one sentence,
-and who has recorded a graph of them looks again, whether it is of the same numbers and weights. To
-compare what they hold with copies of it answers both, as Python compares dicts by the identity of
-what is in them. Whatever is put on a module, in place of a child or a weight, or among its hooks,
-is still seen, and so are a weight that moves under its name and numbers that are written into a
-buffer. Where torch tells a dict's version, as its compiler asks for, what has not been written to
-is not even compared.
+Checking the two hundred modules of a base model takes as long as a GPU takes for one sentence, and
+a recorded graph needs a second check, that it has the same numbers and weights. Comparing what the
+modules hold with a snapshot replaces both, as Python compares dicts by the identity of their
+values. Anything set on a module, replacing a child or a weight, or added to its hooks is still
+noticed, as are a weight whose memory moves and numbers written into a buffer. Where torch exposes a
+dict's version, as its compiler uses, dicts that have not been written to are not even compared.
 """
 
 import operator
@@ -18,9 +17,9 @@ import torch
 
 
 def _find_dict_version():
-    """What torch's compiler asks for the version of a dict, or None. It is private to torch, so it
-    is tried out; and from Python 3.13 on, what is set on an object need not change the version of
-    its __dict__."""
+    """The function by which torch's compiler reads a dict's version, or None. It is private to
+    torch, so it is tested; and from Python 3.13 on, setting an attribute need not change the
+    version of the object's __dict__."""
     if sys.version_info >= (3, 13):
         return None
     try:
@@ -42,7 +41,7 @@ HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pr
 
 
 class Seen:
-    """Some modules, `beside` what else matters: anything that compares."""
+    """A snapshot of some modules, and of `beside`: whatever else matters and can be compared."""
 
     def __init__(self, model, modules, beside):
         self.of = weakref.ref(model)
@@ -62,7 +61,7 @@ class Seen:
         self._buffers = [t for s in states for t in s["_buffers"].values() if t is not None]
         self._writes = self._writes_now()
 
-    def __reduce__(self):  # a copy of a model, or one from a file, has not been looked at
+    def __reduce__(self):  # a copied or loaded model has not been checked
         return type(None), ()
 
     def _versions_now(self):
@@ -82,7 +81,7 @@ class Seen:
         return [tuple(hooks.values()) for hooks in filter(None, self._hooks)]
 
     def _places_now(self):
-        """In place of their shape, how many numbers they have, which takes half the time."""
+        """Element counts instead of shapes, which take twice the time."""
         weights, of = self._weights, torch.Tensor
         return [
             *map(of.data_ptr, weights), *map(of.stride, weights), *map(of.numel, weights),
@@ -103,24 +102,24 @@ class Seen:
                 and self._places_now() == self._places
                 and self._writes_now() == self._writes
             )
-        except (RuntimeError, ValueError):  # a tensor in another's place says so of ==
+        except (RuntimeError, ValueError):  # == raises where a tensor replaced something
             return False
 
 
 def _methods_of(kinds):
-    """What a class has that somebody may have replaced there."""
+    """The methods of each class that may have been replaced."""
     return {kind: (kind.forward, kind.__dict__.get("feed_forward_chunk")) for kind in kinds}
 
 
 def seen(model):
-    """The Seen of a model, or None. It is with the model, as what it holds may hold the model; and
-    not that of another, as DataParallel's replicas begin with all that the model has."""
+    """The Seen of a model, or None. It is stored on the model, as it may itself refer to the model;
+    one of another model is ignored, as DataParallel replicas start with a copy of its __dict__."""
     found = model.__dict__.get("_bert_fast_seen")
     return found if found is not None and found.of() is model else None
 
 
 def see(model, modules, beside):
-    """Keep the modules of a model as they are."""
+    """Take a snapshot of the modules of a model."""
     if not any(p.is_meta for m in modules for p in m.parameters(recurse=False)):
         model.__dict__["_bert_fast_seen"] = Seen(model, modules, beside)
 

@@ -28,20 +28,20 @@ def accelerate(model, cuda_graphs=None, frozen=None, training_graphs=None):
     RobertaModel, XLMRobertaModel, CamembertModel, ElectraModel and DistilBertModel.
 
     model        any torch.nn.Module: a BertModel, a BERT with a head, a SentenceTransformer, ...
-    cuda_graphs  whether forwards on a GPU are recorded and replayed where their kernels take longer
-                 to launch than to run, as graphs.py says; what they take is memory. None leaves it
-                 as it is, which is on at first.
-    frozen       whether the weights will not be written to any more: on a CPU products then run on
-                 a copy of them, which is faster for short inputs, as frozen.py says. None leaves it
-                 as it is, which is off at first.
-    training_graphs  whether steps of training on a GPU are recorded and replayed likewise, as
-                 training_graphs.py says. None leaves it as it is, which is off at first.
+    cuda_graphs  whether to record and replay forwards on a GPU where their kernels take longer to
+                 launch than to run, at the cost of memory; see graphs.py. None leaves the setting
+                 unchanged; it is on by default.
+    frozen       whether the weights will no longer be written to: on a CPU products then run on a
+                 copy of them, which is faster for short inputs; see frozen.py. None leaves the
+                 setting unchanged; it is off by default.
+    training_graphs  whether to record and replay training steps on a GPU likewise; see
+                 training_graphs.py. None leaves the setting unchanged; it is off by default.
 
     Returns model. Weights, names and outputs stay; a module's class becomes the bert_fast class of
-    its name. Of a model that has been accelerated the options change where they are given, or a
-    log line says that there is nothing to do. A log line names an encoder whose forward somebody
-    has replaced on the module, as the kernels are not asked there. Raises ValueError if there is
-    nothing to accelerate in it, naming what was found, and TypeError for what is no module.
+    its name. On a model that is already accelerated, the options that are given are changed, or a
+    log line says that there is nothing to do. A log line names any encoder whose forward has been
+    replaced on the module, as it does not reach the kernels. Raises ValueError if there is nothing
+    to accelerate, naming what was found, and TypeError if model is not a module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -79,8 +79,8 @@ def accelerate(model, cuda_graphs=None, frozen=None, training_graphs=None):
 
 
 def _uncover(module):
-    """Remove the stock forward, or the class's own, from where it hides the class's: Accelerate
-    leaves it on a module whose hook it removed. Whether there was one."""
+    """Remove from a module a stock or class forward that shadows the class's own: Accelerate leaves
+    one there when it removes a hook. Returns whether there was one."""
     classes = (type(module), STOCK.get(type(module), type(module)))
     if module.__dict__.get("forward") not in [cls.forward.__get__(module) for cls in classes]:
         return False
@@ -89,8 +89,8 @@ def _uncover(module):
 
 
 def _hides_kernels(module):
-    """Whether a forward was put on an encoder that does not lead to its class's. Wrappers such as
-    those of torch.compile and Accelerate say what they wrap."""
+    """Whether an encoder has a forward of its own that does not call its class's. Wrappers such as
+    those of torch.compile and Accelerate expose what they wrap."""
     if "forward" not in module.__dict__:
         return False
     inner = inspect.unwrap(module.forward)
@@ -102,12 +102,12 @@ def _hides_kernels(module):
 
 
 def restore(model):
-    """Make every bert_fast class inside `model` the transformers class it stands for, in place.
+    """Turn every bert_fast class inside `model` back into its transformers class, in place.
 
-    Returns model, whose weights have the bits they had. A model without any is left as it is, and
-    a log line says so. Raises ValueError where a class has been made of one of bert_fast's, or code
-    that replaced the forward of an encoder would go on calling that of bert_fast; TypeError for
-    what is no module.
+    Returns model, with its weights unchanged to the bit. A model without any is left as it is, and
+    a log line says so. Raises ValueError for a class derived from one of bert_fast's, or if code
+    that replaced an encoder's forward would go on calling that of bert_fast; TypeError if model is
+    not a module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -142,19 +142,19 @@ def restore(model):
 
 
 def _base_of(module):
-    """The class of bert_fast that a module's class is or derives from, or None."""
+    """The bert_fast class that a module's class is or derives from, or None."""
     return next((cls for cls in type(module).__mro__ if cls in STOCK), None)
 
 
 def _is_telling(module):
-    """Whether a module's class tells a user what the model is: transformers' models, and roots."""
+    """Whether a module's class name tells a user what the model is."""
     name = type(module).__name__
     return isinstance(module, transformers.PreTrainedModel) or name.endswith("Model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Swapped:
-    """One encoder that the kernels are in."""
+    """One encoder that has the kernels."""
 
     path: str  # of the module inside the model, "" for the model itself
     architecture: str  # "bert", "roberta", ...: the model_type of its config
@@ -165,10 +165,10 @@ class Swapped:
     reason: str | None  # why the stock forward would run now
     fast_calls: int
     stock_calls: dict[str, int]  # by reason
-    frozen: bool  # whether accelerate was told that the weights are
-    cuda_graphs: int | None  # how many are recorded now; None where turned off, or no GPU is
+    frozen: bool  # whether accelerate was told that the weights are frozen
+    cuda_graphs: int | None  # how many are recorded now; None if turned off, or not on a GPU
     cuda_graphs_off: str | None  # why no more are recorded
-    training_graphs: int | None  # as cuda_graphs, of training; None where not turned on
+    training_graphs: int | None  # as cuda_graphs, for training; None if not turned on
     training_graphs_off: str | None
 
 
@@ -183,7 +183,7 @@ class Attention:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What runs on the kernels inside a model, what did not, and why."""
+    """What runs on the kernels inside a model, what does not, and why."""
 
     model: str
     swapped: tuple[Swapped, ...]
@@ -227,8 +227,8 @@ class Report:
 def report(model):
     """What the kernels do for `model`: a Report, to print or to read.
 
-    `reason` and `backend` tell of a plain call as the model is now; the counts are of the calls
-    since it was accelerated, of each encoder inside. Raises TypeError for what is no module.
+    `reason` and `backend` describe a plain call of the model in its present state; the counts are
+    the calls of each encoder since it was accelerated. Raises TypeError if model is not a module.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -268,7 +268,7 @@ def report(model):
 
 
 def _reason_of_plain_call(module):
-    """As of a call with nothing but what it must have."""
+    """The reason why a call with only its required arguments would run stock, or None."""
     states = torch.empty(0) if decodes(module) and crosses(module) else None
     return reason_of_call(module, Inputs(encoder_hidden_states=states), {})
 

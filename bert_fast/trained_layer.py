@@ -1,10 +1,10 @@
-"""A layer that is trained, as one function of autograd instead of seven.
+"""A trained layer as one autograd function instead of seven.
 
 It launches what layer_forward of encoder.py does, with the same bits. But autograd takes 28 us for
-each function that is written in Python, and more for what it puts between them: here gradients of
-query, key and value come as they are and not stacked, those of their weights by one product, and
-what a residual hands back is added by the product beside it, which rounds once. Where T stays on
-the device, rows past it hold anything, in gradients too: nobody reads them.
+each function written in Python, and more for what it inserts between them: here the gradients of
+query, key and value are not stacked, those of their weights are one product, and the gradient of a
+residual is added by the product next to it, which rounds once. Where T stays on the device, rows
+past it are undefined, in gradients too: nothing reads them.
 
     a = dropout(o Wo^T + bo) + x        o = attention(x Wq^T + bq, x Wk^T + bk, x Wv^T + bv)
     f = dropout(h Wd^T + bd) + m        h = gelu(m Wu^T + bu)        m = LayerNorm(a)
@@ -24,18 +24,18 @@ from .kernels.linear import product_gradients
 
 
 class Settings(NamedTuple):
-    """What a layer has beside parameters. A dropout is (p, seed); where nothing drops, p is 0."""
+    """A layer's settings besides parameters. A dropout is (p, seed); p is 0 if nothing drops."""
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
-    num_tokens: torch.Tensor | None  # as Tokens has it
+    num_tokens: torch.Tensor | None  # as in Tokens
     causal: bool
     head_size: int
     scale: float
     of_probabilities: tuple
     after_attention: tuple
     after_feed_forward: tuple
-    eps: tuple  # of both LayerNorms
+    eps: tuple  # of the two LayerNorms
     dtype: torch.dtype | None  # of products under autocast
 
 
@@ -60,18 +60,18 @@ class Parameters(NamedTuple):
     last_norm_bias: torch.Tensor
 
 
-LINEARS = 12  # of the parameters
+LINEARS = 12  # how many of the parameters belong to Linears
 
 
 def is_trained(x, parameters):
-    """Whether a layer's gradients are asked for, all of them, in one dtype."""
+    """Whether all gradients of a layer are needed, in one dtype."""
     if torch.compiler.is_compiling() or not x.requires_grad:
         return False
     return all(p.requires_grad and p.dtype == x.dtype for p in parameters)
 
 
 def trained_layer(x, settings, parameters):
-    """x [T, H] -> [T, H] of a layer in which is_trained."""
+    """x [T, H] -> [T, H] of a layer for which is_trained."""
     return _Layer.apply(x, settings, *parameters)
 
 
@@ -94,7 +94,7 @@ class _Layer(torch.autograd.Function):
         f = _summands(h, p.down, p.down_bias, m, s.after_feed_forward, s)
         ctx.save_for_backward(narrow_x, y, o, *a, narrow_m, h, *f, *p)
         ctx.settings = s
-        ctx.parameters = parameters if s.dtype else ()  # of which copies are saved
+        ctx.parameters = parameters if s.dtype else ()  # only copies of them are saved
         return ops.layer_norm(f[0], p.last_norm, p.last_norm_bias, f[1], s.eps[1], s.num_tokens)
 
     @staticmethod
@@ -105,7 +105,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _summands(x, weight, bias, residual, dropout, s):
-    """(what LayerNorm normalises, and what it adds first or None)"""
+    """(LayerNorm's input, and the residual that it adds first or None)"""
     p, seed = dropout
     wide = s.dtype is not None
     added = None if p or wide else residual
@@ -116,7 +116,7 @@ def _summands(x, weight, bias, residual, dropout, s):
 
 
 def _of_heads(y, head_size):
-    """Query, key and value [T, heads, head_size] of qkv's y."""
+    """Query, key and value [T, heads, head_size] from qkv's y."""
     T, _, N = y.shape
     return y.view(T, 3, N // head_size, head_size).unbind(1)
 

@@ -1,27 +1,26 @@
-"""CUDA graphs of training: a step's forward and its backward, each one launch in place of hundreds.
+"""CUDA graphs of training: a step's forward and its backward, each one launch instead of hundreds.
 
-A step of base on the kernels launches some 300 times in its forward and backward, and Python takes
-as long for that as for stock, on a slow host several times as long as the GPU computes. A graph of
-training is two recordings over the same memory: the encoder's forward, which leaves what the
-backward needs, and the backward, which leaves the gradients of all weights. To autograd both are
-one function. What comes after the encoder, the loss and the optimizer run as ever.
+A step of base on the kernels launches some 300 times in its forward and backward. Python takes as
+long for that as for stock, on a slow host several times as long as the GPU computes. A training
+graph is two recordings over the same memory: the encoder's forward, which saves what the backward
+needs, and the backward, which computes the gradients of all weights. To autograd both are a single
+function. What follows the encoder, the loss and the optimizer run as usual.
 
-Off until somebody asks, accelerate(model, training_graphs=True): no GPU has timed them yet.
+Off by default; accelerate(model, training_graphs=True) turns them on: no GPU has timed them yet.
 
-Which calls     those that graphs.py would record, but with gradients, under autocast too. Not of
-                inputs_embeds that want gradients; not with gradient checkpointing, hooks on the
-                word embedding or on what autograd saves, or anomaly detection; and not in a process
-                group, as all gradients come at once, and leave nothing to hide their exchange
-                behind.
-One at a time   What a forward left is overwritten by the next. So while the output of one is alive
-                and its backward has not run (two texts a step, an output that is kept), further
-                calls run without a graph. A backward that keeps its graph may run again until the
-                output is gone; another is an error, as it is without.
-Memory          As stock's, of the largest bucket, whose padding is stored: bucket and not tokens;
-                and twice that of the gradients of the encoder's weights. These come as views of one
-                tensor: who keeps one of them keeps all.
-When recorded, when dropped   As in graphs.py. train() and eval() drop nothing: graphs of training
-                are beside the others. All go where other weights are to be trained.
+Which calls     those that graphs.py would record, but with gradients, and under autocast too. Not
+                with inputs_embeds that require gradients, gradient checkpointing, hooks on the
+                word embedding or on saved tensors, or anomaly detection; nor in a process group, as
+                all gradients arrive at once, leaving no computation to overlap their exchange with.
+One at a time   Each forward overwrites what the previous one saved. So while an output is alive and
+                its backward has not run (two texts per step, an output that is kept), further calls
+                run without a graph. A backward with retain_graph may run again until the output is
+                gone; without it a second one is an error, as in stock.
+Memory          That of stock for the largest bucket, including its padding, plus twice the
+                gradients of the encoder's weights. These are returned as views of one tensor:
+                keeping one of them keeps all.
+When recorded, when dropped   As in graphs.py. train() and eval() drop nothing: training graphs
+                are kept apart from the others. All are dropped if other weights are to be trained.
 """
 
 import weakref
@@ -37,18 +36,18 @@ from .graphs import Graphs, OfModels, bucket_of, captured, device_of, drawing_un
 from .kernels.launch import once_differentiable
 from .seen import seen
 
-# Whether the backward that runs was told to keep its graph; private to torch, without which it may.
+# Whether the running backward has retain_graph=True; private to torch. Assumed true without it.
 _keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-# What torch.utils.checkpoint, save_on_cpu and the like have put on what autograd saves, or None.
+# The saved-tensor hooks of torch.utils.checkpoint, save_on_cpu and the like, or None.
 _saves_elsewhere = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: None
 )
 
 
 def _may_record(model, inputs):
-    """Whether the gradients of a call are those of weights alone, wanted at its end."""
+    """Whether a call needs gradients of weights alone, all at its end."""
     embeds, word = inputs.inputs_embeds, at(model, model.architecture.embeddings.word)
     return not (
         (isinstance(embeds, torch.Tensor) and embeds.requires_grad)
@@ -62,13 +61,13 @@ def _may_record(model, inputs):
 
 # -- one graph ------------------------------------------------------------------------------
 class _Graph(graphs.Graph):
-    """A forward and a backward of model, recorded for a bucket. The backward leaves the gradients
-    of parameters in flat, one after the other."""
+    """A forward and a backward of model, recorded for a bucket. The backward writes the gradients
+    of parameters into flat, one after the other."""
 
     def __init__(self, model, bucket, inputs, pool, parameters, flat):
         self.flat, self._all = flat, parameters
         grads = _parts(flat, parameters)
-        # Kept, as whoever gives a weight other memory does not know of the backward to come.
+        # Kept alive: a weight may be given other memory while a backward is still to come.
         encode, self._leaves = _on_leaves_of_its_own(model, parameters)
         with torch.inference_mode(False):
             static = self._hold(bucket, inputs, flat.device)
@@ -79,7 +78,7 @@ class _Graph(graphs.Graph):
                 return encode(static)
 
             def backward(last):
-                # Kept, as it may run again: else what it has read makes room for what it computes.
+                # Retained, as it may run again: else its results would reuse the memory it reads.
                 found = torch.autograd.grad(
                     last, self._leaves, self.dlast, retain_graph=True, allow_unused=True
                 )
@@ -88,21 +87,21 @@ class _Graph(graphs.Graph):
 
             with drawing_undone(flat.device):
                 recorded = _record(forward, backward, pool, flat.device)
-        self.parameters = [parameters[i] for i in self._used]  # that get a gradient
+        self.parameters = [parameters[i] for i in self._used]  # those that get a gradient
         self.replay, self.replay_backward, last = recorded
         self.last = last.detach()
 
     def run_backward(self, dlast):
-        """The gradient of each of parameters: tensors of the caller's own."""
+        """The gradient of each of parameters, in tensors that the caller owns."""
         B, S = dlast.shape[:2]
-        self.dlast[:B, :S] = dlast  # of what else is there nothing is a token
+        self.dlast[:B, :S] = dlast  # the rest of it is padding
         self.replay_backward()
         grads = _parts(self.flat.clone(), self._all)
         return [grads[i] for i in self._used]
 
 
 class _Encoding(torch.nn.Module):
-    """The encoder's forward as that of a module, as functional_call wants it."""
+    """The encoder's forward as a module's, for functional_call."""
 
     def __init__(self, model):
         super().__init__()
@@ -113,11 +112,11 @@ class _Encoding(torch.nn.Module):
 
 
 def _on_leaves_of_its_own(model, parameters):
-    """(forward of Inputs, tensors in place of the parameters there, in the same memory).
+    """(forward(Inputs), the leaves that it uses in place of parameters, in the same memory).
 
-    autograd keeps with a leaf the stream in which it first met it, as long as any output of it is
-    alive, and makes streams wait for each other where a backward comes to the leaf. That of a step
-    before, whose loss is still at hand, is no stream of a recording, which would fail for it."""
+    autograd remembers the stream in which it first saw a leaf, as long as any output of it is
+    alive, and synchronizes streams when a backward reaches the leaf. If the loss of an earlier step
+    is still alive, that is not the stream of the recording, which would therefore fail."""
     names = {id(p): f"model.{name}" for name, p in model.named_parameters()}
     leaves = [p.detach().requires_grad_() for p in parameters]
     given = {names[id(p)]: leaf for p, leaf in zip(parameters, leaves)}
@@ -130,14 +129,14 @@ def _parts(flat, tensors):
     return torch._utils._unflatten_dense_tensors(flat, tensors)
 
 
-# Beside those in graphs.py, this is all that is CUDA's own.
+# Apart from those in graphs.py, the only function specific to CUDA.
 def _record(forward, backward, pool, device):
-    """forward() -> tensor and backward(tensor) as graphs: what replays each, and the tensor."""
+    """Record forward() -> tensor and backward(tensor): what replays each, and the tensor."""
     pool, stream = pool
     with torch.cuda.device(device):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            backward(forward())  # compiles, and a stream's first product of matrices allocates
+            backward(forward())  # compiles, and a stream's first matmul allocates
         torch.cuda.current_stream().wait_stream(stream)
         of_forward, last = captured(forward, pool, stream)
         of_backward, _ = captured(lambda: backward(last), pool, stream)
@@ -146,7 +145,7 @@ def _record(forward, backward, pool, device):
 
 # -- a step ---------------------------------------------------------------------------------
 class _Step:
-    """A forward that was replayed, until its backward."""
+    """A replayed forward, until its backward has run."""
 
     def __init__(self, graphs, graph):
         self.graphs, self.graph = graphs, graph
@@ -187,13 +186,13 @@ class TrainingGraphs(Graphs):
 
     def _forget(self):
         super()._forget()
-        self._listed = self._of_listed = None  # the parameters of a model, and its Seen then
-        self._trained = []  # those that are trained
+        self._listed = self._of_listed = None  # a model's parameters, and its Seen at the time
+        self._trained = []  # the trained ones
         self._flat = None  # their gradients
         self._step = None  # a weak reference to the last one
 
     def forward(self, model, inputs, kwargs):
-        """last_hidden_state of a call that the kernels cover; None where no graph is to give it."""
+        """last_hidden_state of a call that the kernels cover; None if no graph is to compute it."""
         if self.off or not _may_record(model, inputs):
             return None
         with self._lock:
@@ -216,7 +215,7 @@ class TrainingGraphs(Graphs):
                 return None
 
     def _take_stock(self, model):
-        """Whether there are weights to train, of one dtype. Graphs that train others go."""
+        """Whether there are weights to train, all of one dtype. Drops graphs that train others."""
         now = seen(model)
         if now is None or now is not referred(self._of_listed):
             self._listed, self._of_listed = _weights_of(model), now and weakref.ref(now)
@@ -250,7 +249,7 @@ def _is_parameter(t):
 
 
 def _weights_of(model):
-    """What the encoder reads, and the pooler does not; also what stands in a weight's place."""
+    """The encoder's tensors, without the pooler's; also those that stand in for a weight."""
     found = []
     for module in (m for part in parts_of(model) for m in part.modules()):
         found += [*module._parameters.values(), *module.__dict__.values()]

@@ -2,12 +2,12 @@
 
     python check op layer_norm          everything below for one op, on one screen
     python check fuzz --cases 2000      random cases against the definition
-    python check mutants                bugs made mechanically: each must be found
-    python check aot                    what the compiler makes of every kernel, and how fast it is
-    python check forward                how long a forward takes on a GPU, from what aot says
+    python check mutants                bugs generated mechanically: each must be found
+    python check aot                    every kernel compiled: resources, budgets, predicted time
+    python check forward                the predicted time of a forward on a GPU, from aot
     python check overhead               how long Python takes to launch a forward
 
-The first three run kernels in Triton's interpreter and want TRITON_INTERPRET=1, as make sets it.
+The first three run kernels in Triton's interpreter and need TRITON_INTERPRET=1, as make sets it.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-# This folder in place of what is there: under `python -m check` that is the repository, whose
-# folder kernels/ would hide a distribution of the same name that transformers imports.
+# This folder replaces the first entry: under `python -m check` that is the repository, whose folder
+# kernels/ would hide a distribution of the same name that transformers imports.
 sys.path[0] = str(Path(__file__).resolve().parent)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 
@@ -49,7 +49,10 @@ def main():
     parser = Parser("check", description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(name, help=module.__doc__.partition("\n")[0])
+        about = module.__doc__
+        command = commands.add_parser(
+            name, help=about.partition("\n")[0], description=about, formatter_class=as_written
+        )
         if name == "op":
             command.add_argument("op", metavar="OP", nargs="?", action="append")
         elif name not in ("forward", "overhead"):

@@ -1,27 +1,27 @@
 """Every launch of every op, compiled for GPUs that this machine need not have.
 
-What the machine code holds, whether it keeps its budgets, and the time that roofline.py predicts.
+Reports what the machine code holds, whether it is within budget, and roofline.py's predicted time.
 
 The ops are called on CPU tensors of benchmark size, and Triton's own launch path decides what to
 compile: types, alignment, None, num_warps. Only the launch is left out. So no signature is
 written twice, and what is checked is what will run.
 
-Budgets, as text in `over` of a launch that breaks one:
+Budgets, as text in `over` of a launch that exceeds one:
 
-shared      fits what one program can have; on every architecture, the next on those of GATED
+shared      fits what one program can have, on every architecture; the others apply to GATED alone
 spills      none in a hot loop; elsewhere they are reported
-tensor      an instruction of the tensor cores, where the kernel has a tl.dot. Exact products of
-            fp32 need none on NVIDIA, whose tensor cores have no such thing; AMD's have. And no
-            loop of wgmma each of which waits for the one before
-accesses    of the bytes that a launch's global accesses move, 90 % go 128 bits a thread at a
-            time. Loads of one value (an id, a length) do not count. Stores from 64 bits on pass
-            on AMD after a tl.dot: four neighbours lie in a thread of its matrix cores, and the
-            backend prefers such stores to a trip through shared memory. A launch that moves less
-            than BULK is free: there the width saves less time than it takes to start a kernel.
+tensor      a tensor core instruction, where the kernel has a tl.dot. Exact fp32 products need none
+            on NVIDIA, whose tensor cores do not compute them; AMD's do. And no loop of wgmma each
+            of which waits for the one before
+accesses    of the bytes that a launch's global accesses move, 90 % are accessed 128 bits at a time
+            per thread. Loads of one value (an id, a length) do not count. On AMD, stores of 64 bits
+            and more pass after a tl.dot: its matrix cores leave four neighbours in a thread, and
+            the backend prefers such stores to a trip through shared memory. A launch that moves
+            less than BULK is exempt: there wide accesses save less than a kernel's start takes.
 
-Of variants of a configuration (Spec.variants) the first three are checked and nothing is predicted,
-though they may be what is launched: roofline.py knows no loop that holds another one's beginning
-and end. What is predicted is the form without.
+For variants of a configuration (Spec.variants) the first three are checked and nothing is
+predicted, even if they are what is launched: roofline.py does not model loops that are flattened
+into one. The prediction is for the form without the variant.
 """
 
 import importlib
@@ -68,7 +68,7 @@ class Launch:
 
 
 class Driver:
-    """What Triton asks of a GPU driver before it launches."""
+    """What Triton queries from a GPU driver before it launches."""
 
     def __init__(self, target):
         self.target = target
@@ -79,7 +79,7 @@ class Driver:
         )
 
     def get_current_device(self):
-        return self.target.arch  # kernels are cached by device: one for each target
+        return self.target.arch  # kernels are cached by device: one per target
 
     def get_current_stream(self, device):
         return 0
@@ -122,7 +122,7 @@ def _launches(fn, inputs, target):
         patch.object(triton.JITFunction, "run", compile_only),
         patch.object(triton.runtime.driver, "_active", Driver(target)),
         patch("bert_fast.kernels.launch.WARP_SIZE", target.warp_size),
-        patch("bert_fast.kernels.launch._gpus", lambda: False),  # no table of the GPU that is here
+        patch("bert_fast.kernels.launch._gpus", lambda: False),  # no table of this machine's GPU
         torch.no_grad(),
         OnKernels(),
     ):
@@ -146,7 +146,7 @@ def kernels_without_spec(specs=SPECS):
 def rows(spec, archs, dtypes):
     """A row for each launch of each benchmark case, and of its variants: a dict, as in the JSON
     file."""
-    known, usual = {}, set()  # kernels, and those of no variant
+    known, usual = {}, set()  # kernels, and those without a variant
     for name, variant, case in itertools.product(dtypes, ({}, *spec.variants), spec.bench):
         dtype = DTYPES[name]
         flops, moved = spec.cost(dtype.itemsize, **case)
@@ -156,7 +156,7 @@ def rows(spec, archs, dtypes):
         for arch, launches in compiled.items():
             hashes = {launch.kernel.hash for launch in launches}
             if variant and hashes <= usual:
-                continue  # it is none on this architecture
+                continue  # no such variant on this architecture
             if not variant:
                 usual |= hashes
             for launch in launches:
@@ -179,7 +179,7 @@ def _rows_of(name, archs, dtypes):
 
 
 def report(specs, archs, dtypes, jobs=1):
-    """The rows of all specs, as a list. Their ops are by name, so that workers find them too."""
+    """The rows of all specs, as a list. Ops are passed by name, so that workers can find them."""
     todo = list(itertools.product([s.name for s in specs], [[a] for a in archs], [dtypes]))
     if jobs == 1:
         return [row for part in todo for row in _rows_of(*part)]
@@ -190,7 +190,7 @@ def report(specs, archs, dtypes, jobs=1):
 
 
 def _shares(launches, resources):
-    """Of the bytes of an op, those of each of its launches."""
+    """The bytes of an op, divided among its launches."""
     moves = [
         launch.programs * (r.once["bytes"] + r.trip.get("bytes", 0))
         for launch, r in zip(launches, resources)
@@ -221,7 +221,7 @@ def launch_row(labels, arch, resources, programs, flops, moved, predicted=True):
 
 
 def accesses_of(resources, trips):
-    """{"loads" and "stores" of a thread: {bits: how many}}, when its hot loop runs so often."""
+    """{"loads" and "stores" of a thread: {bits: how many}}, for so many trips of its hot loop."""
     found = {}
     for kind in ("loads", "stores"):
         once, trip = resources.once[kind], resources.trip.get(kind, {})
@@ -230,7 +230,7 @@ def accesses_of(resources, trips):
 
 
 def _wide(loads, stores, matrix_cores):
-    """The share of bytes in accesses as wide as the budget asks."""
+    """The share of bytes in accesses as wide as the budget requires."""
     least = 64 if matrix_cores else 128  # of stores
     counts = [(b, n, 128) for b, n in loads.items()] + [(b, n, least) for b, n in stores.items()]
     total = sum(bits * n for bits, n, _ in counts)
@@ -238,7 +238,7 @@ def _wide(loads, stores, matrix_cores):
 
 
 def budget(row):
-    """The budgets that a row is over."""
+    """The budgets that a row exceeds."""
     over = []
     if row["shared"] > row["shared_limit"]:
         over.append(f"shared memory: {row['shared']} bytes, {row['shared_limit']} there are")
@@ -261,7 +261,7 @@ def budget(row):
 
 # -- what was measured ----------------------------------------------------------------------
 def measured(rows, folder=ROOT / "bench" / "results"):
-    """Predictions beside the measurements of result files: (file, gpu, op, dtype, both seconds)."""
+    """Predictions and the measurements of result files: (file, gpu, op, dtype, both in seconds)."""
     predicted = defaultdict(float)
     for row in rows:
         for gpu, times in row["predicted"].items():
@@ -277,7 +277,7 @@ def measured(rows, folder=ROOT / "bench" / "results"):
 
 
 def _is_a(device, name, gpu):
-    """Whether a result's device is the GPU of GPUS, and not one of its relatives."""
+    """Whether a result's device is this GPU of GPUS, and not a variant of it."""
     known = re.findall(r"\w+", device["name"])  # NVIDIA H100 80GB HBM3
     same = gpu.multiprocessors == device.get("multiprocessors")
     return name in known and same and not {"PCIe", "40GB"} & set(known)
@@ -354,7 +354,7 @@ def measured_table(pairs):
 def add_arguments(parser):
     parser.add_argument("--arch", choices=TARGETS, action="append", help="may be repeated")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="may be repeated")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
 
 

@@ -1,6 +1,6 @@
-"""Everything that the interpreter can say against an op, what is quickest first.
+"""Every fault of an op that the interpreter can find, the quickest checks first.
 
-    next(faults(spec), None)        None, or the first thing that is wrong, in words
+    next(faults(spec), None)        None, or the first fault, in words
 """
 
 import math
@@ -17,7 +17,7 @@ from triton.runtime.errors import InterpreterError
 from bert_fast.kernels.launch import DTYPES
 from bert_fast.kernels.spec import cast, tensors_of
 
-LARGE = 2**26  # bytes; what is larger has no memory under Phantoms
+LARGE = 2**26  # bytes; larger tensors have no memory under Phantoms
 
 
 class Phantoms(TorchDispatchMode):
@@ -33,7 +33,7 @@ class Phantoms(TorchDispatchMode):
 
 
 class SaysCpu(TorchFunctionMode):
-    """Tensors say that they are on the CPU, so that ops take phantoms together with small ones."""
+    """Tensors report the CPU as their device, so that ops accept phantoms with small ones."""
 
     def __torch_function__(self, fn, types, args=(), kwargs=None):
         if fn == torch.Tensor.device.__get__:
@@ -42,7 +42,7 @@ class SaysCpu(TorchFunctionMode):
 
 
 def extremes(grid):
-    """The first, the last and some programs between, where a grid is too large to run."""
+    """The first, the last and some programs in between, if a grid is too large to run."""
     count = math.prod(grid)
     some = {0, 1, count // 2, count - 2, count - 1} & set(range(count))
     return [np.unravel_index(i, grid) for i in sorted(some)]
@@ -55,7 +55,7 @@ def name_of(dtype):
 def call(spec, inputs, hidden=(), **options):
     """(result, Sanitizer) of one call of the op's kernels without gradients.
 
-    hidden  tensors of which no element may be loaded
+    hidden  tensors no element of which may be loaded
     """
     with torch.no_grad(), Sanitizer(**options) as watched:
         for t in hidden:
@@ -65,7 +65,7 @@ def call(spec, inputs, hidden=(), **options):
 
 
 def faults(spec):
-    """What is wrong with spec, in words, one after the other."""
+    """Yields the faults of spec, in words."""
     yield from _faults_of(spec, plan(spec))
     for variant in spec.variants:
         of_variant = [(c, DTYPES[i % 3], "contiguous") for i, c in enumerate(spec.cases)]
@@ -127,7 +127,7 @@ def of_case(spec, case, dtype, layout):
 
 
 def _empty(spec):
-    """The first case without a token, to which only rows past num_tokens are added."""
+    """The first case without tokens: it has only rows past num_tokens."""
     for case in spec.cases:
         rows = inputs_of(spec, case, torch.float16)[spec.packed[0]]
         if rows is not None and not len(rows):
@@ -153,7 +153,7 @@ def of_rows_past_num_tokens(spec, case):
 
 
 def of_more_tokens_than_rows(spec, case):
-    """A num_tokens that cannot be: all rows are tokens, and nothing past them is touched."""
+    """A num_tokens out of range: all rows are tokens, and nothing past them is touched."""
     inputs = inputs_of(spec, case, torch.float16)
     expected, _ = call(spec, inputs)
     further = further_rows(spec, inputs, rows=0)
@@ -168,7 +168,7 @@ def of_more_tokens_than_rows(spec, case):
 
 
 def of_infinity(spec, case):
-    """Infinity in a row: it stays there, and is what the definition makes of it."""
+    """Infinity in a row: it stays in that row, and gives what the definition gives."""
     inputs = inputs_of(spec, case, torch.float16)
     for name in spec.packed:
         if is_float(t := inputs[name]):
@@ -182,7 +182,7 @@ def of_infinity(spec, case):
 
 
 class InTF32(TorchDispatchMode):
-    """Products of matrices take what they multiply in TF32, rounded to the nearest."""
+    """Matrix products take their operands in TF32, rounded to nearest."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
@@ -200,14 +200,14 @@ ALL_ONES = torch.tensor(-1, dtype=torch.int32).view(torch.float32)  # NaN that r
 
 
 def of_tf32(spec, case):
-    """Where torch may multiply in TF32, an op does, and errs as its definition does so: half as
-    far again at most, which is less than what is cut instead of rounded. NaN is still none."""
+    """Where torch may multiply in TF32, an op does, and errs by at most half again as much as its
+    definition on rounded operands, less than truncated ones would. NaN stays NaN."""
     inputs = inputs_of(spec, case, torch.float32)
     truth = tensors_of(spec.ref(**cast(inputs, torch.float64)))
     with InTF32():
         rounded = tensors_of(spec.ref(**inputs))
     if all(map(torch.equal, rounded, tensors_of(spec.ref(**inputs)))):
-        return  # it has no products
+        return  # the op has no products
     not_a_number = {
         name: torch.where(torch.arange(t.numel()).view(t.shape) == 1, ALL_ONES, t)
         if is_float(t) else t
@@ -231,12 +231,12 @@ def of_tf32(spec, case):
 
 
 def of_traps(spec):
-    """Keywords that must end a launch in an assertion, whichever program meets them."""
+    """Keywords that must end a launch in an assertion, whichever program encounters them."""
     for keywords in spec.traps:
         inputs = {**inputs_of(spec, spec.cases[0], torch.float32), **keywords}
         try:
             call(spec, inputs)
-        except (AssertionError, InterpreterError) as error:  # which wraps it in a helper
+        except (AssertionError, InterpreterError) as error:  # which wraps one raised in a helper
             if "AssertionError" in repr(error):
                 continue
             raise
@@ -245,7 +245,7 @@ def of_traps(spec):
 
 
 def of_size(spec, case, dtype=torch.float16):
-    """Sizes at which an offset passes 2^31, some programs of each launch, nothing allocated."""
+    """Sizes at which an offset passes 2^31: some programs of each launch, nothing allocated."""
     with SaysCpu(), Phantoms():
         inputs = spec.inputs(dtype, "cpu", **case)
         _, watched = call(spec, inputs, programs=extremes)
@@ -254,8 +254,8 @@ def of_size(spec, case, dtype=torch.float16):
 
 
 def of_strides(spec, case):
-    """As of_size: few elements, 2^30 apart along one dimension of one input. The stride fits 32
-    bits, and its product with an index does not."""
+    """Likewise with few elements, 2^30 apart along one dimension of one input: the stride fits in
+    32 bits, its product with an index does not."""
     inputs = inputs_of(spec, case, torch.float16)
     for name, t in inputs.items():
         for dim in range(t.ndim) if isinstance(t, torch.Tensor) else ():
@@ -271,15 +271,15 @@ def of_strides(spec, case):
 # -- cost -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Cost:
-    """A Spec's declared cost of a case beside what its launches did."""
+    """A Spec's declared cost of a case, and what its launches did."""
 
     case: dict
     dtype: torch.dtype
-    flops: int  # declared, as is the next
+    flops: int  # declared, like the next field
     bytes: int
     done: int  # floating-point operations, one for exp2 or erf
     distinct: int  # bytes of elements touched, once each
-    moved: int  # bytes of all loads and stores: what a cache does not keep comes again
+    moved: int  # bytes of all loads and stores, repeated ones included
 
     def __str__(self):
         return (
@@ -297,7 +297,7 @@ class Cost:
 
 
 def costs(spec):
-    """A Cost for each dtype, of the Spec's case of whole tiles."""
+    """A Cost for each dtype, for the Spec's case of whole tiles."""
     result = []
     for dtype in DTYPES:
         _, watched = call(spec, inputs_of(spec, spec.whole, dtype))

@@ -1,8 +1,8 @@
-"""How long a forward of BERT takes on a GPU, by prediction: a layer's launches, and the whole.
+"""The predicted time of a BERT forward on a GPU: the launches of a layer, and the whole.
 
-Each launch is compiled and predicted as by `check aot`; what roofline.py assumes holds here too.
-The whole is every layer, the embeddings, and the packing of a mask; a model that waits for Python
-takes longer (`check overhead`). Its share of C counts the FLOPs of products and attention.
+Each launch is compiled and predicted as in `check aot`, with roofline.py's assumptions. The whole
+is every layer, the embeddings, and the packing of a mask; a model that waits for Python takes
+longer (`check overhead`). Its share of C counts the FLOPs of products and attention.
 """
 
 import sys
@@ -65,7 +65,7 @@ def layer(hidden, heads, B, S):
 
 
 def around(hidden, B, S):
-    """The same of what comes once."""
+    """The same for what runs once."""
     return [
         ("pack", "pack", {"lengths": (S,) * B, "S": S}),
         ("embed", "embedding", {"B": B, "S": S, "N": hidden, "V": 30522, "types": True}),
@@ -74,7 +74,7 @@ def around(hidden, B, S):
 
 
 def seconds(op, case, gpu, dtype, known):
-    """Of one call; known keeps what was compiled."""
+    """Predictions for one call; known caches what was compiled."""
     key = op, repr(case)
     if key not in known:
         rows = aot.rows(replace(OPS[op], bench=(case,), variants=()), [GPUS[gpu].arch], [dtype])

@@ -1,11 +1,11 @@
 """Seeded random cases of every op, in the interpreter, against the definition in fp64.
 
-A case is what the Spec draws (shapes, options), and a dtype, a memory layout, a magnitude, and a
-place for NaN and infinity. It is one JSON object, so that a failure is repeated by one line, and
-shrinks: whatever can be left out or made smaller, and still fails, is.
+A case is what the Spec draws (shapes, options) plus a dtype, a memory layout, a magnitude, and a
+place for NaN and infinity. It is one JSON object, so one line reproduces a failure. Failing cases
+are shrunk: whatever can be removed or made smaller while it still fails, is.
 
-Error is counted twice: as a share of what check/judge.py allows, which must not pass 1, and in
-units of the error that the definition makes in plain PyTorch in the same dtype.
+The error is reported twice: as a share of what check/judge.py allows, which must not exceed 1, and
+in units of the error of the definition in plain PyTorch in the same dtype.
 """
 
 import json
@@ -32,7 +32,7 @@ from bert_fast.kernels import SPECS
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
 BY_NAME = {str(d).removeprefix("torch."): d for d in DTYPES}
-CHUNK = 50  # cases that a worker takes at a time
+CHUNK = 50  # cases per task of a worker
 
 
 # -- inputs ---------------------------------------------------------------------------------
@@ -56,13 +56,13 @@ def _subnormal(t, generator):
 
 
 def _outliers(t, generator):
-    """One column in sixteen at 60 times the others."""
+    """One column in sixteen is 60 times the others."""
     columns = torch.rand(t.shape[-1], generator=generator) < 1 / 16
     return torch.where(columns, 60 * t, t)
 
 
 def _spread(t, generator):
-    """Magnitudes from 1e-4 to 1e4 side by side."""
+    """Magnitudes from 1e-4 to 1e4 mixed."""
     return t * 10 ** (8 * torch.rand(t.shape, generator=generator) - 4)
 
 
@@ -73,7 +73,7 @@ POISONS = ("none", "rows", "nan", "inf")
 
 
 def draw(spec, rng):
-    """A case of spec, all plain values."""
+    """A case of spec, in plain values."""
     return {
         "op": spec.name,
         "case": spec.fuzz(rng),
@@ -86,7 +86,7 @@ def draw(spec, rng):
 
 
 def _values(case):
-    """A Spec's case from JSON: lists are tuples, and dtypes are written by name."""
+    """A Spec's case from JSON, where tuples are lists and dtypes are names."""
     return {
         k: tuple(v) if isinstance(v, list) else getattr(torch, v) if isinstance(v, str) else v
         for k, v in case.items()
@@ -123,7 +123,7 @@ def run(drawn):
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
         with torch.no_grad(), np.errstate(all="ignore"), warnings.catch_warnings(), variant:
-            warnings.simplefilter("ignore")  # numpy's, of NaN and infinity
+            warnings.simplefilter("ignore")  # numpy's, about NaN and infinity
             result = spec.fn(**further_rows(spec, inputs) if rows else inputs)
             written = spec.fn(**further_rows(spec, inputs, fill=0)) if rows else None
     except Exception as error:
@@ -141,7 +141,7 @@ def run(drawn):
 
 
 def shrink(drawn, run=run):
-    """A case as small as can be that still fails, and in the same way."""
+    """A minimal case that still fails in the same way."""
 
     def way(candidate):
         wrong, *_ = run(candidate)
@@ -150,7 +150,7 @@ def shrink(drawn, run=run):
     def fails(candidate):
         try:
             return way(candidate) == wanted
-        except Exception:  # no case at all: the definition does not take it
+        except Exception:  # invalid: the definition does not take it
             return False
 
     wanted = way(drawn)
@@ -161,7 +161,7 @@ def shrink(drawn, run=run):
 
 
 def _simpler(drawn):
-    """Cases with one thing left out or made smaller, boldest first."""
+    """Cases with one thing removed or made smaller, largest step first."""
     for key, value in (
         ("poison", "none"), ("magnitude", "plain"), ("layout", "contiguous"), ("dtype", "float32")
     ):  # fmt: skip
@@ -193,13 +193,13 @@ def _smaller(value):
 
 
 def command(drawn):
-    """The line that repeats a case."""
+    """The line that reproduces a case."""
     return f"make fuzz CASE='{json.dumps(drawn, separators=(',', ':'))}'"
 
 
 # -- many -----------------------------------------------------------------------------------
 def case_of(number, seed, specs):
-    """Case `number` of a run is the same whichever worker it falls to."""
+    """Case `number` of a run, the same whichever worker draws it."""
     rng = random.Random(f"{seed} {number}")
     return draw(specs[number % len(specs)], rng)
 
@@ -265,10 +265,10 @@ def table(summary):
 
 
 def add_arguments(parser):
-    parser.add_argument("--cases", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--case", type=json.loads, metavar="JSON", help="this one alone")
+    parser.add_argument("--cases", type=int, default=2000, help="default 2000")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--case", type=json.loads, metavar="JSON", help="run this case alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there")
 
 

@@ -1,4 +1,4 @@
-"""Kernels with one bug each, and what the sanitizer is to call it. Its lines are marked `# bug`."""
+"""Kernels with one bug each, and the finding expected of the sanitizer. Bugs are marked `# bug`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ BUGS = []
 
 
 def bug(kind):
-    """Decorates a launcher of the kernel that bears its name."""
+    """Decorates the launcher of the kernel with the same name."""
 
     def register(launch):
         BUGS.append(Bug(globals()[launch.__name__ + "_kernel"], kind, launch))
@@ -66,7 +66,7 @@ def mask_one_too_wide_kernel(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
 
 @bug("outside")
 def mask_one_too_wide():
-    """The byte past the end is within the allocation: only the tensor's own shape tells."""
+    """The byte past the end is within the allocation: only the tensor's shape reveals it."""
     mask_one_too_wide_kernel[(1,)](_x(64)[:13], torch.empty(13), 13, BLOCK=16)
 
 
@@ -119,7 +119,7 @@ def width_of_the_block_kernel(x_ptr, y_ptr, stride_xm, N, BLOCK: tl.constexpr):
 
 @bug("outside")
 def width_of_the_block():
-    """Rows are further apart than they are long: what lies between is not the tensor's."""
+    """Rows are further apart than they are long: the gap does not belong to the tensor."""
     x = _x(3, 16)[:, :13]
     width_of_the_block_kernel[(3,)](x, torch.empty(3, 13), x.stride(0), 13, BLOCK=16)
 
@@ -292,7 +292,7 @@ def reads_what_the_last_one_wrote_kernel(x_ptr, y_ptr):
 
 @bug("race")
 def reads_what_the_last_one_wrote():
-    """Right in the interpreter, where programs run in order; on a GPU they do not."""
+    """Correct in the interpreter, where programs run in order; on a GPU they do not."""
     reads_what_the_last_one_wrote_kernel[(4,)](_x(4), torch.zeros(4))
 
 

@@ -1,15 +1,15 @@
-"""How large an op's error may be. Tests, the fuzzer and the mutants ask here.
+"""How large an op's error may be, for the fuzzer and for `examine`, and so `make check` and the
+mutants. tests/test_ops.py takes its layouts from here and has a simpler allowance of its own.
 
 Truth is the definition in fp64 on the same inputs. Allowed are one ulp of each number, for rounding
 the result once, and four times what fp32 arithmetic costs the definition, the largest of three:
-its error when it runs in fp32; that when each dot product is summed one term after the other, from
-either end, as a thread of a GPU sums and a library that sums in parts does not; and what it moves
-when its inputs move by an fp32 ulp, which says how ill-conditioned they are where the others were
-lucky.
+its error when it runs in fp32; its error when each dot product is summed term by term, from either
+end, as a GPU thread sums and a library that sums in parts does not; and how far it moves when its
+inputs move by an fp32 ulp, which shows ill-conditioned inputs where the other two were lucky.
 
-An op that must round inside (attention rounds its probabilities) is held to the definition in the
-same dtype, both terms taken in that dtype, once instead of four times. Of its gradients nothing is
-promised where that one overflows.
+For an op that must round inside (attention rounds its probabilities) the cost is that of the
+definition in the same dtype, both its error and how far it moves, once instead of four times. Its
+gradients are not judged where the definition's overflow.
 """
 
 import inspect
@@ -36,8 +36,8 @@ def moved(inputs, eps, seed):
 
 
 class InOrder(TorchDispatchMode):
-    """Dot products in products of matrices are summed one term after the other: from the first to
-    the last, or where backwards from the last to the first."""
+    """Matrix products sum their dot products term by term: from the first to the last, or if
+    backwards from the last to the first."""
 
     def __init__(self, backwards=False):
         super().__init__()
@@ -66,10 +66,7 @@ def distance(result, truth):
 
 
 class Judge:
-    """The definition's verdict on one set of inputs of an op: judge(output) of what the op gave.
-
-    run(fn, inputs) -> output; another one than the plain call may give gradients.
-    """
+    """Judges the outputs of an op on one set of inputs by its definition: judge(output)."""
 
     def __init__(self, spec, inputs, dtype):
         self.dtype = dtype
@@ -88,10 +85,10 @@ class Judge:
             weight * max(distance(v[i], t) for v in versions) if is_float(t) else 0.0
             for i, t in enumerate(self.truth)
         ]
-        # Gradients have the dtype of what they are of, which may not be that of the op.
+        # A gradient has the dtype of its input, which may differ from the op's.
         several = isinstance(truth, tuple)
         self.dtypes = [t.dtype for t in spec.ref(**inputs)] if several else [dtype]
-        # Gradients within softmax pass the largest fp16 on the way, stock's as well as the op's.
+        # Intermediate gradients in softmax may exceed the largest fp16, in stock and in the op.
         gradients = spec.rounds_inside and spec.gradient
         self.free = [~t.isfinite() & gradients for t in versions[0]]
         stock = versions if near == dtype else [tensors_of(spec.ref(**cast(inputs, dtype)))]
@@ -99,7 +96,7 @@ class Judge:
         self.stock = max((self._error_of_stock(s, t) for s, t in pairs), default=0.0)
 
     def _error_of_stock(self, stock, truth):
-        """At least half an ulp of the largest number, which chance may spare it."""
+        """At least half an ulp of the largest number, even if stock was exact by chance."""
         number = truth.to(self.dtype).isfinite()
         if not stock[number].isfinite().all():
             return torch.inf
@@ -107,10 +104,10 @@ class Judge:
         return max(distance(stock, truth), torch.finfo(self.dtype).eps / 2 * largest)
 
     def __call__(self, output):
-        """(error as a share of what is allowed, at most 1; error in units of stock's own, 0 where
-        stock makes none: no truth is a number of the dtype, or all are zeros).
+        """(error as a share of what is allowed, at most 1 if good; error in units of stock's own, 0
+        if stock has none: no true value is finite in the dtype, or all are zeros).
 
-        What is wrong beyond measure (shape, dtype, NaN, an integer) is inf.
+        Errors without a size (shape, dtype, NaN, a wrong integer) are inf.
         """
         worst, error = 0.0, 0.0
         output = tensors_of(output)
@@ -134,11 +131,11 @@ class Judge:
             tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
             allowed = torch.finfo(dtype).eps * truth.abs() + cost + EPS32 * scale + tiny
             apart = (ours.double() - truth).abs()
-            # A truth past the largest number may come out as that number or as infinity.
+            # A true value past the largest number may become that number or infinity.
             largest = torch.finfo(dtype).max
             past = rounded.isinf() & truth.isfinite() & (ours * truth.sign() >= largest)
             share = torch.where(finite, apart / allowed, torch.where(past, 0.0, torch.inf))
-            share = share.masked_fill(truth.isnan() | free, 0.0)  # nothing is promised there
+            share = share.masked_fill(truth.isnan() | free, 0.0)  # not judged there
             share = share.masked_fill(truth.isinf() & (ours == rounded), 0.0)
             worst = max(worst, share.nan_to_num(torch.inf).max().item())
             error = max(error, distance(ours, truth))
@@ -147,8 +144,8 @@ class Judge:
 
 # -- variants -------------------------------------------------------------------------------
 def varied(variant):
-    """Launches inside have `variant`, numbers of a configuration, where it has such numbers: what a
-    tuned table may say, where that takes other code."""
+    """Launches inside use `variant`, entries of a configuration that select other code, as a tuned
+    table may; where a configuration has such entries."""
     original = launch.configuration
 
     def configuration(op, default, fixed=(), rows=None, **key):
@@ -159,7 +156,7 @@ def varied(variant):
 
 
 # -- layouts --------------------------------------------------------------------------------
-# A layout takes a tensor and its place among the inputs: no two strides may agree by chance.
+# A layout takes a tensor and its index among the inputs: no two strides may agree by chance.
 def contiguous(t, i):
     return t
 
@@ -185,7 +182,7 @@ LAYOUTS = {f.__name__: f for f in _LAYOUTS}
 
 
 def laid_out(inputs, layout):
-    """inputs with each tensor laid out by a layout of LAYOUTS."""
+    """inputs with each tensor in a layout of LAYOUTS, given by name."""
     return {
         k: LAYOUTS[layout](t, i) if isinstance(t, torch.Tensor) else t
         for i, (k, t) in enumerate(inputs.items(), start=1)
@@ -193,7 +190,7 @@ def laid_out(inputs, layout):
 
 
 def is_packed(spec, inputs):
-    """Whether the packed inputs have a row for each token, so that there may be further ones."""
+    """Whether the packed inputs have a row for each token, so that further rows can be added."""
     if not spec.packed or inputs[spec.packed[0]] is None:
         return False
     typical = spec.inputs(torch.float32, "cpu", **spec.cases[0])[spec.packed[0]]
@@ -201,10 +198,10 @@ def is_packed(spec, inputs):
 
 
 def further_rows(spec, inputs, fill=torch.nan, rows=3):
-    """inputs with rows of fill behind those of every packed one, and num_tokens to say so.
+    """inputs with rows of fill appended to every packed one, and num_tokens set accordingly.
 
-    NaN, or an index outside every table, shows what is read of them. Of 0 every op makes a number,
-    which shows where it is written, as memory from torch.empty is NaN meanwhile.
+    NaN, or an index outside every table, reveals reads of these rows. With 0 every op computes a
+    number, which reveals writes, as memory from torch.empty is filled with NaN.
     """
     first = inputs[spec.packed[0]]
     further = dict(inputs)

@@ -1,10 +1,10 @@
 """Do the checks notice a wrong kernel? Each mutant is a shipped one with one thing changed.
 
 Mutants are made from the syntax trees of every jit function that an op reaches, one for each place
-where an operator of OPERATORS applies. `examine` then says what is wrong with the op. A mutant of
-which it says nothing has survived: either a check is missing, or the mutant computes the same, and
-PROOFS tell why. A mutant runs in the interpreter alone, in place of the function that it
-is made of, with that function's line numbers.
+where an operator of OPERATORS applies. `examine` then looks for faults in the op. If it finds none,
+the mutant has survived: either a check is missing, or the mutant is equivalent, and PROOFS says
+why. A mutant runs in the interpreter alone, in place of the original function and with its line
+numbers.
 """
 
 import ast
@@ -38,7 +38,7 @@ from bert_fast.kernels import SPECS
 from bert_fast.kernels.launch import INTERPRET
 
 # -- operators ------------------------------------------------------------------------------
-# An operator takes a node of a kernel's tree and its Names, and yields what may stand in its place.
+# An operator takes a node of a kernel's tree and its Names, and yields replacements for the node.
 OPERATORS = {}
 
 
@@ -48,7 +48,7 @@ def operator(fn):
 
 
 class Names:
-    """What is called alike in a kernel, and may be mistaken for one another."""
+    """Similar names in a kernel, which may be mistaken for one another."""
 
     def __init__(self, tree):
         self._bound = {a.arg: 0 for a in tree.args.args}  # name -> line from which it has a value
@@ -57,20 +57,20 @@ class Names:
                 self._bound.setdefault(node.id, node.lineno)
 
     def like(self, node):
-        """Others of the kind of a Name that have a value where it stands."""
+        """Other names of the same kind that have a value at this node."""
         return [
             name for name, line in self._bound.items()
             if name != node.id and _kind(name) == _kind(node.id) and line < node.lineno
         ]  # fmt: skip
 
     def rebound(self, target):
-        """Whether a target of an assignment has a value already."""
+        """Whether a target of an assignment already has a value."""
         names = [n for n in ast.walk(target) if isinstance(n, ast.Name)]
         return all(self._bound[n.id] < n.lineno for n in names)
 
 
 def _kind(name):
-    """The suffix of pointers, the first word of others: stride_xm and stride_rm are of a kind."""
+    """The suffix of pointers, else the first word: stride_xm and stride_rm are of one kind."""
     if len(name) == 1:
         return "size" if name.isupper() else name
     return "pointer" if name.endswith("_ptr") else name.split("_")[0]
@@ -122,7 +122,7 @@ def precision_dropped(node, names):
 
 
 def _without(node, *keywords):
-    """A call without the first of these keywords, and without the rest if they are there."""
+    """A call without the first of these keywords, and without the others if present."""
     match node:
         case ast.Call(func, args, given) if any(k.arg == keywords[0] for k in given):
             yield ast.Call(func, args, [k for k in given if k.arg not in keywords])
@@ -208,7 +208,7 @@ def function(node, names):
 
 @operator
 def choice(node, names):
-    """One of those between which a kernel chooses."""
+    """Replaces a choice of the kernel by one of its alternatives."""
     match node:
         case ast.Call(ast.Attribute(ast.Name("tl"), "maximum" | "minimum"), [a, b]):
             yield from (a, b)
@@ -240,7 +240,7 @@ def initial_value(node, names):
 
 @operator
 def broadcast(node, names):
-    """[:, None] for [None, :]."""
+    """[:, None] instead of [None, :]."""
     match node:
         case ast.Subscript(value, ast.Tuple([a, b], ctx), _):
             yield ast.Subscript(value, ast.Tuple([b, a], ctx), node.ctx)
@@ -248,7 +248,7 @@ def broadcast(node, names):
 
 @operator
 def arguments_swapped(node, names):
-    """Neighbours, in calls of other kernels and of range."""
+    """Swaps neighbouring arguments, in calls of other kernels and of range."""
     match node:
         case ast.Call(ast.Name(), args, given):
             for i in range(len(args) - 1):
@@ -257,7 +257,7 @@ def arguments_swapped(node, names):
 
 @operator
 def turn_dropped(node, names):
-    """A loop's first turn, or its last."""
+    """Drops a loop's first iteration, or its last."""
     match node:
         case ast.Call(ast.Name("range") as func, [start, end, step]):
             yield ast.Call(func, [ast.BinOp(start, ast.Add(), step), end, step], [])
@@ -297,13 +297,13 @@ class Mutant:
 
     @property
     def change(self):
-        """What PROOFS know it by."""
+        """The key under which PROOFS has it."""
         kernel = f"{self.module.rpartition('.')[2]}.{self.kernel}"
         return f"{kernel} {self.operator}: {self.before}  ->  {self.after}"
 
     @property
     def proof(self):
-        """Why it computes what the kernel computes; None where nobody has proved that."""
+        """Why it computes the same as the kernel; None if that has not been proved."""
         return next((why for what, why in PROOFS.items() if re.fullmatch(what, self.change)), None)
 
     @property
@@ -316,9 +316,9 @@ class Mutant:
 
     @contextmanager
     def in_place(self):
-        """Calls and launches of the kernel are the mutant's, whoever imported it."""
+        """Calls and launches of the kernel run the mutant, wherever it was imported."""
         kernel = getattr(sys.modules[self.module], self.kernel)
-        kernel.rewrite()  # also gives the module what a rewritten function refers to
+        kernel.rewrite()  # also adds to the module what a rewritten function refers to
         tree = FunctionRewriter.ast_transformer.visit(copy.deepcopy(self.tree))
         tree = ast.fix_missing_locations(ast.Module([tree], []))
         namespace = {}
@@ -334,7 +334,7 @@ def mutants_of(spec):
 
 
 def kernels_of(spec):
-    """jit functions that the op's definition names, or a definition that it names, and so on."""
+    """The jit functions that the op's definition refers to, directly or through others."""
     todo, seen, kernels = [(spec.fn.__module__, spec.fn.__name__)], set(), []
     while todo:
         seen.add(at := todo.pop(0))
@@ -354,7 +354,7 @@ def kernels_of(spec):
 
 
 def _definitions(file):
-    """Nodes of a file by the name that each defines."""
+    """The nodes of a file by the name that they define."""
     nodes = {}
     for node in ast.parse(Path(file).read_text()).body:
         match node:
@@ -386,7 +386,7 @@ def _mutants_of_kernel(op, kernel):
 
 @contextmanager
 def _replaced(parent, node, new):
-    """A child of parent is another node meanwhile."""
+    """A child of parent is temporarily replaced."""
     for name, value in ast.iter_fields(parent):
         if value is node:
             setattr(parent, name, new)
@@ -399,8 +399,8 @@ def _replaced(parent, node, new):
 
 
 def _body(tree):
-    """Nodes of a kernel's statements in the order of the source, without its docstring's and those
-    of the axes of reductions, which have an operator of their own."""
+    """The nodes of a kernel's statements in source order, except those of its docstring and of the
+    axes of reductions, which have an operator of their own."""
     axes = set()
     for statement in tree.body:
         for node in ast.walk(statement):
@@ -415,19 +415,19 @@ def _body(tree):
 
 
 def _shown(node, parents):
-    """The smallest part around node that tells a reader something."""
+    """The smallest piece of code around node that is meaningful to a reader."""
     while not isinstance(node, (ast.stmt, ast.BinOp, ast.Compare, ast.Call)):
         node = parents[node]
     return node
 
 
 def _line(node):
-    """Its source in one line: of a block, its head."""
+    """Its source in one line; for a block, its header."""
     return ast.unparse(node).partition("\n")[0]
 
 
 def sample(mutants, count, seed):
-    """count of mutants, as even over ops and operators as can be, in their order."""
+    """count of the mutants, spread as evenly as possible over ops and operators, in their order."""
     turns, ranked = Counter(), []
     for m in random.Random(seed).sample(mutants, len(mutants)):
         turns[m.op, m.operator] += 1
@@ -445,7 +445,7 @@ class Verdict:
     seconds: float = 0.0
 
 
-class OutOfTime(BaseException):  # not an Exception: the interpreter would make its own of it
+class OutOfTime(BaseException):  # not an Exception, which the interpreter would wrap
     pass
 
 
@@ -466,7 +466,7 @@ def limit(seconds):
 
 
 def verdict(mutant, examine=examine, seconds=60.0):
-    """What examine(spec) says of the mutant's op with the mutant in place."""
+    """What examine(spec) finds in the mutant's op with the mutant in place."""
     started = time.process_time()
     by, what = _fault(mutant, examine, seconds)
     return Verdict(bool(by), by, what, time.process_time() - started)
@@ -657,21 +657,21 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
 
 # -- all of them ----------------------------------------------------------------------------
 def _baseline(name):
-    """(what is wrong with the op as it is, CPU seconds that it took to say so)."""
+    """(what is wrong with the unchanged op, CPU seconds that this took)."""
     (spec,) = (s for s in SPECS if s.name == name)
     started = time.process_time()
     return examine(spec), time.process_time() - started
 
 
 def _begin():
-    """In a worker: one thread, and not a word of numpy's on the NaN of wrong kernels."""
+    """In a worker: one thread, and no numpy warnings about the NaN of wrong kernels."""
     torch.set_num_threads(1)
     np.seterr(all="ignore")
     warnings.simplefilter("ignore")
 
 
 def campaign(mutants, jobs):
-    """The verdict on each mutant, in order; raises where an op is at fault without one."""
+    """The verdict on each mutant, in order; raises if an op fails without a mutant."""
     names = list(dict.fromkeys(m.op for m in mutants))
     # Spawned, as a fork of a process with torch's threads may hang.
     with ProcessPoolExecutor(jobs, get_context("spawn"), _begin) as pool:
@@ -687,7 +687,7 @@ def campaign(mutants, jobs):
 
 
 def problems(mutants, verdicts, every):
-    """What is amiss, in words: survivors without a proof, and proofs that do not hold."""
+    """Problems, in words: survivors without a proof, and proofs that do not hold."""
     for m, v in zip(mutants, verdicts):
         if not v.killed and not m.proof:
             yield f"survives without proof: {describe(m)}"
@@ -717,9 +717,9 @@ def table(mutants, verdicts, seconds):
 
 
 def add_arguments(parser):
-    parser.add_argument("--sample", type=int, metavar="N", help="so many of them, of every kind")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--sample", type=int, metavar="N", help="a sample of N, of every kind")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample; default 0")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every verdict there")
 
 

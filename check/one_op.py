@@ -1,7 +1,7 @@
-"""All checks of one op, in a minute on two cores: tests, sanitizer, cost, fuzz, mutants, report.
+"""All checks of one op: tests, sanitizer, cost, fuzz, mutants, compile report.
 
-The interpreter and the compiler need processes of their own: this one interprets, and starts the
-tests and the compiler beside it.
+A small op takes one to five minutes on two cores. The interpreter and the compiler need separate
+processes: this one interprets, and runs the tests and the compiler as subprocesses.
 """
 
 import json
@@ -31,7 +31,7 @@ FUZZED, MUTANTS = 200, 8
 
 @dataclass
 class Line:
-    """What one check found: a row of the screen, and what follows below it."""
+    """The result of one check: a row of the table, and details printed below it."""
 
     check: str
     good: bool
@@ -52,9 +52,9 @@ def main(options, specs):
     console = Console(width=None if sys.stdout.isatty() else 120)
     started = time.monotonic()
     with ThreadPoolExecutor(1) as beside:
-        compiled = beside.submit(_timed, report, spec)  # as long as all others together
+        compiled = beside.submit(_timed, report, spec)  # takes as long as all others together
         lines = [_timed(check, spec) for check in (sanitizer, cost)]
-        # What the sanitizer stops would go through otherwise, and may end this process.
+        # Accesses that the sanitizer stops would otherwise happen, and may end this process.
         safe = lines[0].good
         lines += [_timed(check, spec) for check in (UNWATCHED if safe else ())]
         lines += [_timed(native_tests, spec), compiled.result()]
@@ -152,7 +152,7 @@ def report(spec):
     over = [f"{r['kernel']} {r['arch']} {r['dtype']}: {o}" for r in rows for o in r["over"]]
     if done.returncode and not over:
         over = ((done.stdout + done.stderr).strip().splitlines() or ["no report"])[-1:]
-    told = Counter()  # of all launches of the last case
+    told = Counter()  # sums over all launches of the last case
     last = next((r["case"] for r in reversed(rows) if r["predicted"]), "")
     for r in rows:
         if r["dtype"] == "bfloat16" and r["case"] == last:

@@ -1,9 +1,9 @@
 """The time that Python takes to launch one forward, which a GPU of any speed waits for.
 
-A stub takes the place of the GPU's driver: models on the CPU run through the kernels' launchers and
-Triton, which compiles for sm_90 and then launches nothing. So what is timed is the model's code,
-PyTorch's dispatch and Triton's, and no GPU; the driver itself takes one to two microseconds more
-for each launch. Times are of this thread on its core, not of the clock.
+A stub replaces the GPU's driver: models on the CPU run through the kernels' launchers and Triton,
+which compiles for sm_90 and then launches nothing. So the time is that of the model's code and of
+PyTorch's and Triton's dispatch, without a GPU; the driver itself takes one to two microseconds more
+per launch. Times are CPU time of this thread, not wall-clock time.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ H100 = {"max_shared_mem": 227 << 10, "multiprocessor_count": 132, "max_num_regs"
 
 
 class StubDriver:
-    """What Triton's launch path asks a driver."""
+    """What Triton's launch path queries from a driver."""
 
     launches = 0
 
@@ -47,7 +47,7 @@ class StubDriver:
 
 
 def install():
-    """Put the stub in place of the driver, in this process for good."""
+    """Replace the driver by the stub, permanently in this process."""
     triton.runtime.driver.set_active(StubDriver())
     modeling.directly = directly
     launch.arch = lambda: 90
@@ -73,7 +73,7 @@ def timed(run, rounds):
 
 
 def measure(layers, rounds):
-    """{"launches": of a forward, "forward": seconds, "checks": of these, on what is covered}."""
+    """{"launches": per forward, "forward": seconds, "checks": seconds of these in coverage}."""
     config = transformers.BertConfig(vocab_size=1000, num_hidden_layers=layers)
     model = transformers.BertModel(config, add_pooling_layer=False).to(torch.bfloat16).eval()
     bert_fast.accelerate(model)

@@ -1,36 +1,35 @@
-"""One compiled kernel: what its machine code holds, and the time that this predicts on a GPU.
+"""One compiled kernel: what its machine code holds, and its predicted time on a GPU.
 
-What the model assumes, so that a miss can be traced:
+The model's assumptions, so that a wrong prediction can be traced:
 
-Ceilings   On every GPU a share of the datasheet that an H200 was measured to reach: 0.90 of its
+Ceilings   On every GPU the share of the datasheet that an H200 was measured to reach: 0.90 of its
            memory bandwidth in a large copy (4.3 of 4.8 TB/s) and 0.79 of its dense bf16 rate in
-           an 8192^3 product (780 of 989 TFLOP/s). TF32 has half that rate. Clocks are boost.
-Work       FLOPs and bytes are those that the op declares in Spec.cost: what memory moves, once.
-L2         moves what the programs load and store, each its own, at 0.90 of 5120 bytes a cycle
-           (NVIDIA A100 whitepaper; Hopper's slices are as many), beside all else. It bounds tiles
-           of 128 x 128: on an H100 they took 1.06 (K = 3072) and 1.02 (K = 4096) times as long,
-           1.3 where ends count for much (K = 768).
-Launches   If an op launches several kernels, its bytes are shared out by what their accesses
-           would move, and its FLOPs are the products' alone.
+           an 8192^3 product (780 of 989 TFLOP/s). TF32 has half that rate. Clocks are boost clocks.
+Work       FLOPs and bytes are those that the op declares in Spec.cost: each byte moves once.
+L2         moves what each program loads and stores, at 0.90 of 5120 bytes a cycle (NVIDIA A100
+           whitepaper; Hopper has as many slices), in parallel with all else. It bounds tiles of
+           128 x 128: on an H100 they took 1.06 (K = 3072) and 1.02 (K = 4096) times as long,
+           1.3 where prologue and epilogue matter (K = 768).
+Launches   If an op launches several kernels, its bytes are divided by what their accesses would
+           move, and its FLOPs go to the kernels with products.
 Trips      Code outside the hot loops runs once, code that ends in a trap never. A hot loop
-           runs as often as the declared work asks: its FLOPs per trip are those of tl.dot in
+           runs as often as the declared work requires: its FLOPs per trip are those of tl.dot in
            the source (a loop of products is not unrolled), else its bytes those of its accesses.
-           Of several hot loops, masked and unmasked tiles, the one that needs the fewest
+           Of several hot loops, for masked and unmasked tiles, the one that needs the fewest
            instructions for its work stands for all.
-Pipes      A multiprocessor issues four warp instructions a cycle. Floating-point adds and
-           products, other arithmetic, and MUFU with conversions have the lanes of the CUDA
-           programming guide's throughput table. The busiest of these is the time `compute`.
-Tensor     A wgmma reads its operands from shared memory, 128 bytes a cycle: one of 16 or 32 columns
-           waits for that. Those whose first operand is in registers are not that narrow.
+Pipes      An SM issues four warp instructions a cycle. Floating-point adds and multiplies, other
+           arithmetic, and MUFU with conversions have the lanes of the CUDA programming guide's
+           throughput table. The busiest of these gives the time `compute`.
+Tensor     A wgmma reads its operands from shared memory, 128 bytes a cycle: with 16 or 32 columns
+           that is the limit. Those whose first operand is in registers are not that narrow.
 Overlap    memory, tensor and compute run at once, but each warp goes through them in turn: with
-           w warps on a scheduler, one w-th of all but the longest is not hidden.
-Tail       The busiest multiprocessor decides: ceil(programs / multiprocessors) programs. One
-           multiprocessor moves at most 64 bytes a cycle.
+           w warps on a scheduler, 1/w of all but the longest is not hidden.
+Tail       The busiest SM decides: ceil(programs / SMs) programs. One SM moves at most 64 bytes a
+           cycle.
 Launch     2 us from one launch to the next: start, first loads, last stores. Not measured.
 
-Not in the model: bank conflicts, shared memory but for wgmma, hits of L1, misses of L2, lanes that
-are masked, latency that too few warps leave open, clocks that fall under load, programs of unequal
-length.
+Not in the model: bank conflicts, shared memory other than for wgmma, L1 hits, L2 misses, masked
+lanes, latency that too few warps expose, clocks that drop under load, programs of unequal length.
 """
 
 import math
@@ -48,7 +47,7 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture that kernels are compiled for."""
+    """An architecture to compile kernels for."""
 
     triton: GPUTarget
     shared: int  # bytes that one program can have
@@ -85,7 +84,7 @@ class Gpu:
 
     @property
     def lanes(self):
-        """Threads of a multiprocessor that each pipe takes in a cycle."""
+        """Threads per cycle that each pipe of an SM takes."""
         return {"issue": 128, "fp32": self.fp32, "imad": 64, "alu": 64, "mufu": 16}
 
 
@@ -100,7 +99,7 @@ GPUS = {  # NVIDIA's datasheets of the SXM and HGX forms
 # -- what the machine code holds ------------------------------------------------------------
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel. Counts of instructions are of one warp."""
+    """One kernel's resources. Instruction counts are per warp."""
 
     kernel: str
     warps: int  # of a program
@@ -212,7 +211,7 @@ _PIPES = {
 
 
 def width(opcode, kind):
-    """Bits of a thread that an instruction loads from, or stores to, global memory."""
+    """Bits per thread that an instruction loads from, or stores to, global memory."""
     if not _ACCESS[kind].match(opcode):
         return 0
     return next((bits for bits, pattern in _WIDTH.items() if pattern.search(opcode)), 32)
@@ -235,7 +234,7 @@ _DOT = re.compile(
 
 
 def dots_of(source):
-    """What a kernel's ttir multiplies, and the FLOPs of one trip of its largest loop."""
+    """The operand dtypes of a kernel's ttir dots, and the FLOPs of one trip of its largest loop."""
     kinds, around, flops = set(), [], Counter()
     for number, line in enumerate(source.splitlines()):
         indent = len(line) - len(line.lstrip())
@@ -264,7 +263,7 @@ def flow(code, labels):
     """The hot loops, each a list of its instructions; and a list of the others that can run.
 
     A hot loop is a natural loop of the flow graph with no other inside it. Polling a barrier is
-    no loop. What never comes to an exit (a failed assertion) does not run.
+    not one. Code that never reaches an exit (a failed assertion) does not run.
     """
     after = [
         [n + 1] * (i.falls and n + 1 < len(code)) + ([labels[i.to]] if i.to in labels else [])
@@ -299,7 +298,7 @@ def _reached(starts, edges, stops=frozenset()):
 
 
 def _dominators(nodes, before):
-    """{node: those that every way to it passes, as a bit mask}; the first node is the entry."""
+    """{node: its dominators, as a bit mask}; the first node is the entry."""
     everything = (1 << nodes[-1] + 1) - 1
     masks = dict.fromkeys(nodes, everything)
     masks[nodes[0]] = 1 << nodes[0]
@@ -357,7 +356,7 @@ _GCN = re.compile(r"^(?:([.\w$]+):|\t([a-z]\w+)([^;\n]*)(;.*)?)", re.M)
 
 
 def _gcn(kernel):
-    """The same of AMD's assembly."""
+    """The same for AMD's assembly."""
     text, name = kernel.asm["amdgcn"], kernel.metadata.name
     listing = text.partition(f"\n{name}:")[2].partition("\n.Lfunc_end")[0]
     code, labels = [], {}
@@ -381,7 +380,7 @@ def _gcn(kernel):
 
 
 def tool(name):
-    """The path of one of NVIDIA's tools, as triton finds it."""
+    """The path of one of NVIDIA's tools, as Triton finds it."""
     try:
         return getattr(triton.knobs.nvidia, name).path
     except RuntimeError:
@@ -399,7 +398,7 @@ _PACKAGES = {
 
 # -- time -----------------------------------------------------------------------------------
 def trips_of(resources, programs, flops, moved):
-    """How often the hot loop runs, by what is asked of one program."""
+    """How often the hot loop runs, from the work of one program."""
     r = resources
     if not r.trip:
         return 0.0
@@ -408,7 +407,7 @@ def trips_of(resources, programs, flops, moved):
 
 
 def _tensor(flops, r, gpu):
-    """Seconds that the tensor cores take for so many FLOPs of bf16, or what counts as much."""
+    """Seconds that the tensor cores take for so many FLOPs of bf16 or equivalent."""
     if not r.tensor:
         return 0.0
     seconds = flops / (gpu.tensor * PRODUCT)
@@ -420,9 +419,9 @@ def _tensor(flops, r, gpu):
 
 
 def predict(resources, gpu, programs, flops, moved):
-    """What one launch takes: {"seconds", "bound", "memory", "tensor", "compute", "L2"}.
+    """The time of one launch: {"seconds", "bound", "memory", "tensor", "compute", "L2"}.
 
-    The last four are seconds of these alone; bound names the one that decides, or "launch".
+    The last four are seconds of each alone; bound names the limiting one, or "launch".
     """
     r = resources
     trips = trips_of(r, programs, flops, moved)

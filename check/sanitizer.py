@@ -1,26 +1,26 @@
-"""Every address that a kernel touches, watched in Triton's interpreter.
+"""Checks every address that a kernel touches, in Triton's interpreter.
 
     with Sanitizer() as watched:
         layer_norm(x, weight, bias)
-    watched.findings        what is wrong, with the line of the kernel's source
+    watched.findings        the faults, with the line of the kernel's source
     watched.launches        what each launch cost: bytes, distinct bytes, floating-point operations
 
-A tensor argument is given to the kernel not as its address but as one in a region of its own, 2^46
-bytes wide. Whatever a kernel adds to it, the region tells which argument a pointer came from; what
-lies in memory next to that tensor cannot hide a stray access. Behind the check the access is made
-where the tensor really is. A tensor on torch's meta device is nowhere: its bounds are checked and
-every load gives 1, so that offsets are seen at sizes that nobody could allocate (`phantoms`).
+A kernel receives a tensor argument not at its address but at one in a region of its own, 2^46
+bytes wide. Whatever the kernel adds to it, the region identifies the argument that a pointer came
+from, so neighbouring memory cannot hide a stray access. After the check the access is made where
+the tensor really is. A tensor on torch's meta device has no memory: its bounds are checked and
+every load gives 1, so that offsets are checked at sizes that cannot be allocated (`phantoms`).
 
 What is found
-    outside         an access that no element of the tensor covers: past an end, between its rows,
-                    in another tensor; `unmasked` where the access had no mask at all
+    outside         an access to no element of the tensor: past an end, between its rows, in another
+                    tensor; `unmasked` if the access had no mask at all
     overflow        the same, after a 32-bit sum or product of that program passed 2^31
     unwritten       a load of memory from torch.empty before anything was stored there, or of what
                     was hidden (`hide`); not by a tensor descriptor, which loads whole tiles
     two writers     two programs, or two lanes of one store, store to one element
-    race            a program loads what another one of the launch stores
-What is not: values, so a mask that is too narrow shows in the tests alone; races within a program;
-and programs run one after the other, so nothing that depends on their timing.
+    race            a program loads what another program of the launch stores
+What is not found: wrong values, so only tests catch a mask that is too narrow; races within a
+program; and anything that depends on timing, as programs run one after the other.
 """
 
 import inspect
@@ -41,7 +41,7 @@ from bert_fast.kernels import interpreter as mends
 from bert_fast.kernels.launch import KERNELS
 
 REGION = 46  # bits of the addresses that belong to one argument
-MIDDLE = 1 << REGION - 1  # where in its region a tensor begins: as much may lie before it
+MIDDLE = 1 << REGION - 1  # where in its region a tensor begins, with as much room before it
 NOBODY = -1
 
 
@@ -73,7 +73,7 @@ class Launch:
 
 # -- memory ---------------------------------------------------------------------------------
 class Shadow:
-    """Who touched each element of a storage. Programs are numbered on through all launches."""
+    """Which programs touched each element of a storage. They are numbered across all launches."""
 
     def __init__(self, size, written):
         self.written = np.full(size, written)
@@ -106,7 +106,7 @@ class Argument:
         return inside
 
     def place(self, element):
-        """An element as words: the index it has, or how far outside it is."""
+        """An element in words: its index, or how far outside it is."""
         shape, element = list(self.tensor.shape), int(element)
         if element < 0:
             return f"{-element} before the first element of {shape}"
@@ -123,7 +123,7 @@ class Argument:
 
 
 class Sanitizer:
-    """Watches the launches made inside it; programs(grid) tells which of a grid's to run."""
+    """Watches the launches made inside it; programs(grid) selects which of a grid's to run."""
 
     def __init__(self, programs=lambda grid: np.ndindex(*grid)):
         self.programs = programs
@@ -169,20 +169,20 @@ class Sanitizer:
 
     # -- tensors, as launchers make them
     def allocated(self, tensor):
-        """tensor is from torch.empty: nothing is written, whatever had been at its address."""
+        """Record that tensor is from torch.empty: unwritten, whatever was at its address before."""
         storage = tensor.untyped_storage()
         self._unwritten[storage.data_ptr()] = storage
         for key in [k for k in self._shadows if k[0] == storage.data_ptr()]:
             del self._shadows[key]
 
     def unwritten(self, tensor):
-        """How many elements of tensor, which came from torch.empty, nobody has written."""
+        """How many elements of tensor, which came from torch.empty, were never written."""
         if not tensor.numel() or tensor.untyped_storage().data_ptr() not in self._unwritten:
             return 0
         return int((~self._is_written(tensor)).sum())
 
     def hide(self, tensor):
-        """A load from tensor is found, as of memory that nobody has written."""
+        """Make a load from tensor a finding, as if its memory were unwritten."""
         self._is_written(tensor).fill_(False)
 
     def _is_written(self, tensor):
@@ -191,7 +191,7 @@ class Sanitizer:
         return written.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def written(self, tensor):
-        """torch has written to tensor."""
+        """Record that torch has written to tensor."""
         address = tensor.untyped_storage().data_ptr()
         self._unwritten.pop(address, None)
         for (at, _), shadow in self._shadows.items():
@@ -241,7 +241,7 @@ class Sanitizer:
         return call
 
     def _argument(self, name, value):
-        """value as a kernel takes it; a tensor with the first address of its region."""
+        """value as passed to a kernel; a tensor becomes an address in its region."""
 
         def convert(value):
             if not isinstance(value, torch.Tensor):
@@ -267,7 +267,7 @@ class Sanitizer:
 
     # -- accesses
     def _access(self, pointers, mask, unmasked, store):
-        """(the argument, its elements, their real addresses): of the lanes of mask that are right.
+        """(the argument, its elements, their real addresses) for the valid lanes of mask.
 
         pointers and mask are arrays of one shape; those lanes come back as a mask.
         """
@@ -409,7 +409,7 @@ class Sanitizer:
         return self._store_really(builder, real, value, TensorHandle(good, tl.int1), *rest)
 
     def _watched_atomic(self, original):
-        """Programs may add to one element in turn; to load or store it otherwise is a race."""
+        """Several programs may add to one element; any other load or store of it is a race."""
 
         def atomic(builder, *args):
             at, ptr = next((i, a) for i, a in enumerate(args) if isinstance(a, TensorHandle))
@@ -478,7 +478,7 @@ class Sanitizer:
 
 
 class _Allocations(TorchDispatchMode):
-    """Tells the sanitizer what torch allocates and writes; ops run their Triton form."""
+    """Reports to the sanitizer what torch allocates and writes; ops run their Triton form."""
 
     def __init__(self, sanitizer):
         super().__init__()
@@ -498,7 +498,7 @@ class _Allocations(TorchDispatchMode):
 
 
 def _filled(shape, dtype, number, integer):
-    """An array of a triton dtype: number where that is floating, else integer."""
+    """An array of a Triton dtype: number if that is floating, else integer."""
     if dtype.is_floating():
         number = np.full(shape, number, np.float32)
         np_dtype = interpreter._get_np_dtype(dtype)
@@ -510,7 +510,7 @@ _BETWEEN = (os.path.dirname(triton.__file__), mends.__file__, __file__)  # a ker
 
 
 def _source():
-    """(file, line) of the kernel statement that is being run, a helper's where it is in one."""
+    """(file, line) of the kernel statement being run, or of the helper's if it is in one."""
     frame = inspect.currentframe()
     while frame:
         file = frame.f_code.co_filename

@@ -4,8 +4,8 @@
 
 Shapes     x, residual, y [..., N]. The leading dimensions are M rows, possibly none.
 Draws      Uniform int32, a function of (seed, row, column) alone and the same on every device: a
-           backward draws again what the forward drew. In attention the row is that of a query and
-           head, the column a key's in its sequence.
+           backward repeats the forward's draws. In attention a row is a query and head, a column
+           is a key's index in its sequence.
 Precision  fp32; y is rounded once, to the dtype of x. p is exact to 2^-32.
 Backward   dx = dy * where(draw <= most, 1 / (1 - p), 0), dresidual = dy.
 Source     Srivastava et al., Dropout, 2014. `mix` is lowbias32: Wellons, Prospecting for Hash
@@ -32,9 +32,9 @@ def _mix_ref(x):
 
 
 def kept(seed, rows, columns, p):
-    """Where dropout p keeps a number: bool, in the common shape of rows and columns.
+    """Where dropout p keeps a number: bool, in the broadcast shape of rows and columns.
 
-    seed is int64[1], the others int32, which computes as uint32 does, but for >>.
+    seed is int64[1], the others int32, whose arithmetic is that of uint32 except for >>.
     """
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     hashes = _mix_ref(_mix_ref(_mix_ref(high) + low) + rows)
@@ -48,7 +48,7 @@ def kept(seed, rows, columns, p):
 
 
 def scales_at(seed, rows, columns, p, dtype):
-    """What dropout multiplies numbers of dtype with at rows and columns: in fp32 or wider."""
+    """The factors by which dropout multiplies numbers of dtype: in fp32 or wider."""
     return kept(seed, rows, columns, p).to(torch.promote_types(dtype, torch.float32)) * factor(p)
 
 
@@ -67,7 +67,7 @@ def dropout_ref(x, p, seed, residual=None, num_tokens=None):
 # -- kernels --------------------------------------------------------------------------------
 @triton.jit
 def mix(x):
-    """A permutation of uint32, in which each bit of x changes about half of the bits."""
+    """A permutation of uint32 in which each input bit flips about half of the output bits."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -77,16 +77,16 @@ def mix(x):
 
 @triton.jit
 def hash_rows(seed_ptr, rows):
-    """uint32, as are rows: what the draws of a row have in common."""
+    """The hash of each row, which all its draws share: uint32, as are rows."""
     seed = tl.load(seed_ptr)
     return mix(mix(mix((seed >> 32).to(tl.uint32)) + seed.to(tl.uint32)) + rows)
 
 
 @triton.jit
 def draw(hashes, columns):
-    """int32, uniform, for each pair of a row, by its hash, and a column. As `mix`, but for its last
-    step, which changes low bits alone; the hash comes in twice, so that rows whose hashes are close
-    do not share draws."""
+    """int32, uniform, for each pair of a row (given by its hash) and a column. `mix` without its
+    last step, which changes only low bits; the hash enters twice, so that rows with close hashes do
+    not share draws."""
     x = hashes + columns
     x ^= x >> 16
     x = x * 0x7FEB352D + hashes
@@ -131,12 +131,12 @@ def _kernel(
 
 # -- launchers ------------------------------------------------------------------------------
 def most(p):
-    """The largest draw that dropout p keeps: all of int32 are at most that of 0."""
+    """The largest draw that dropout p keeps; for p = 0 the largest int32."""
     return max(round((1 - p) * 2**32) - 1, 0) - 2**31
 
 
 def factor(p):
-    """Of what is kept. Where nothing is to be kept `most` leaves one in 2^32, which gets 0."""
+    """The factor for kept numbers. For p = 1 `most` still keeps one in 2^32, with a factor of 0."""
     return 1 / (1 - p) if p < 1 else 0.0
 
 
@@ -197,16 +197,16 @@ def dropout(x, p, seed, residual=None, num_tokens=None):
     """Dropout of x, and the sum with a residual.
 
     x           [..., N], fp32, fp16 or bf16
-    p           the probability with which a number becomes zero, from 0 to 1
-    seed        int64[1] on the device of x: what the draws are made from. Equal seeds drop equal
-                places.
+    p           the probability that a number becomes zero, from 0 to 1
+    seed        int64[1] on the device of x, from which the draws follow. Equal seeds drop the same
+                positions.
     residual    shape and dtype of x; None adds nothing
     num_tokens  [1] integer on the device of x [T, N]: rows past it are not read, and not written
                 in the result; None takes all rows
 
     Returns [..., N] in the dtype of x, contiguous. Differentiable once, in x and residual. Rows may
-    lie any even distance apart; an input laid out otherwise is copied first. Raises ValueError
-    for any other shape, dtype or p.
+    have any constant stride; an input laid out otherwise is copied first. Raises ValueError for any
+    other shape, dtype or p.
     """
     if x.ndim == 0 or x.dtype not in DTYPES:
         raise ValueError(f"dropout: x must be fp32, fp16 or bf16 [..., N], got {show(x)}")
@@ -220,8 +220,8 @@ def dropout(x, p, seed, residual=None, num_tokens=None):
 
 
 def check_dropout(op, name, p, seed):
-    """The seed. Raises ValueError unless it is int64[1], and p, the argument `name` of op, from 0
-    to 1."""
+    """The seed. Raises ValueError unless it is int64[1], and p, argument `name` of op, is from 0 to
+    1."""
     if not 0 <= p <= 1:
         raise ValueError(f"{op}: {name} must be from 0 to 1, got {p}")
     if not isinstance(seed, torch.Tensor) or seed.shape != (1,) or seed.dtype != torch.int64:
@@ -230,7 +230,7 @@ def check_dropout(op, name, p, seed):
 
 
 def new_seeds(count, device):
-    """count seeds, int64[1] each, from torch's generator: drawn at once, for the first of them."""
+    """Yields count seeds, int64[1] each, from torch's generator: all drawn when the first is."""
     yield from torch.randint(2**63 - 1, (count, 1), device=device).unbind()
 
 

@@ -4,11 +4,11 @@
                                             + position[position_ids[r]]
     y[t] = (h - mean(h)) * rstd * weight + bias         rstd = 1 / sqrt(var(h) + eps)
 
-Shapes     input_ids, token_type_ids, position_ids [B, S]; row_index [T], positions of the B * S;
+Shapes     input_ids, token_type_ids, position_ids [B, S]; row_index [T], indices into the B * S;
            word [V, N], position [P, N], token_type [C, N]; weight, bias [N]; y [T, N]; N <= 8192.
-           inputs_embeds [B, S, N] may stand for word[input_ids]. Without position_ids, a token's
+           inputs_embeds [B, S, N] may replace word[input_ids]. Without position_ids, a token's
            position is its column; without token_type_ids its type is 0; without row_index, T is
-           B * S and all are taken.
+           B * S and all positions are embedded.
 Precision  fp32 throughout, the sum h too. y is rounded once, to the dtype of word.
 Backward   dh as layer_norm's; each table's gradient sums dh over the tokens that looked it up, in
            fp32. Row padding_idx of word gets none, as in torch.nn.Embedding.
@@ -53,8 +53,8 @@ def embedding_ref(
 # -- kernels --------------------------------------------------------------------------------
 @triton.jit
 def _lookup(table_ptr, ids_ptr, r, count, N, offs_n, mask_n):
-    """Row ids[r] of a table [count, N]. Outside it the launch ends in a device-side assertion, as
-    torch.nn.Embedding's does: an id cannot be checked beforehand without waiting for the GPU."""
+    """Row ids[r] of a table [count, N]. An id outside it ends the launch in a device-side assert,
+    as in torch.nn.Embedding: it cannot be checked beforehand without waiting for the GPU."""
     index = tl.load(ids_ptr + r).to(tl.int64)
     tl.device_assert((index >= 0) & (index < count), "embedding: an id is outside its table")
     return load_row(table_ptr + index * N, offs_n, mask_n)
@@ -125,7 +125,7 @@ def _forward(
             ids, embeds, types, positions, row_index, num_tokens, word.contiguous(),
             position.contiguous(), token_type.contiguous(), weight.contiguous(), bias.contiguous(),
             y, S, len(word), len(position), len(token_type), y.shape[1], eps,
-            debug=True, sanitize_overflow=False,  # compiles device_assert in, and no more
+            debug=True, sanitize_overflow=False,  # only to compile device_assert in
             **row_config(y.shape[1]),
         )
 
@@ -140,7 +140,7 @@ def _packed(ids, row_index, num_tokens):
 
 
 def _positions(shape, row_index, num_tokens, device):
-    """Each token's column, for want of position ids: [T]."""
+    """Each token's column, in place of position ids: [T]."""
     columns = torch.arange(shape[1], device=device).expand(shape[:2])
     return _packed(columns, row_index, num_tokens)
 
@@ -184,7 +184,7 @@ def _plain(
                     f"embedding: {name} must be in 0 to {len(table) - 1}, the rows of its table;"
                     f" got {low if low < 0 else high}"
                 )
-    # Autograd looks into the bare op of an exported program: hence padding_idx.
+    # Autograd traces into the bare op of an exported program: hence padding_idx.
     h = _sum(x, types, positions, word, token_type, position, padding_idx)
     return launch.with_room(plain_layer_norm(h, weight, bias, eps, word.dtype), T)
 
@@ -193,7 +193,7 @@ def _plain_backward(
     dy, input_ids, inputs_embeds, token_type_ids, position_ids, row_index, word, position,
     token_type, weight, padding_idx, eps, num_tokens,
 ):
-    # Rows past num_tokens are as of a token with ids of 0 that gets nothing.
+    # Rows past num_tokens act as tokens with ids of 0 and zero gradients.
     (row_index,) = launch.zeros_past(num_tokens, row_index)
     tokens = _tokens(input_ids, inputs_embeds, token_type_ids, position_ids, row_index, None)
     x, types, positions = launch.zeros_past(num_tokens, *tokens)
@@ -305,9 +305,9 @@ def embedding(
     position_ids    integer [B, S] or [1, S]; None means the column
     row_index       integer [T]: the positions b * S + s to embed, as `pack` gives; None means all
     eps             of the LayerNorm, added to the variance
-    padding_idx     row of word that gets no gradient; None means each gets its own
-    num_tokens      [1] integer on the device: entries of row_index past it are not read, and the
-                    rows not written in the result; None takes all
+    padding_idx     row of word that gets no gradient; None means that all rows get one
+    num_tokens      [1] integer on the device: entries of row_index past it are not read, and these
+                    rows of the result are not written; None takes all
 
     Returns [T, N] in the dtype of word. Differentiable once, in the tables, weight, bias and
     inputs_embeds. Raises ValueError for any other shape or dtype, and for an id outside its table

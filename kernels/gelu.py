@@ -27,7 +27,7 @@ from .spec import Spec
 # -- reference ------------------------------------------------------------------------------
 def gelu_ref(x, bias=None, num_tokens=None):
     z = x if bias is None else x + bias
-    if z.dtype == torch.float64:  # exact where 1 + erf has lost all: Phi(-8.3) is 1e-16 already
+    if z.dtype == torch.float64:  # exact where 1 + erf underflows: Phi(-8.3) is already 1e-16
         return z * torch.erfc(-z * math.sqrt(0.5)) / 2
     return z * (1 + torch.erf(z * math.sqrt(0.5))) / 2
 
@@ -71,7 +71,7 @@ def _config(N):
 
 
 def act_of(dtype):
-    """The form of GELU that is exact enough for results in dtype, and cheapest."""
+    """The cheapest form of GELU that is exact enough for results in dtype."""
     return gelu_erf if dtype == torch.float32 else gelu_exp2
 
 
@@ -88,7 +88,7 @@ def _forward(y, x, bias, num_tokens):
 
 
 def _sum(x, bias):
-    """z in fp32, or fp64 for fp64; x itself where nothing is added, as F.gelu widens by itself."""
+    """z in fp32, or fp64 for fp64; x itself if nothing is added, as F.gelu widens by itself."""
     return x if bias is None else x.to(torch.promote_types(x.dtype, torch.float32)) + bias
 
 
@@ -149,8 +149,8 @@ def gelu(x, bias=None, num_tokens=None):
                 in the result; None takes all rows
 
     Returns [..., N] in the dtype of x, contiguous. Differentiable once, in x and bias. Rows may
-    lie any even distance apart; an input laid out otherwise is copied first. Raises ValueError
-    for any other shape or dtype.
+    have any constant stride; an input laid out otherwise is copied first. Raises ValueError for
+    any other shape or dtype.
     """
     if x.ndim == 0 or x.dtype not in DTYPES:
         raise ValueError(f"gelu: x must be fp32, fp16 or bf16 [..., N], got {show(x)}")

@@ -1,13 +1,13 @@
-"""What comes back through linear's GELU: dz = dy * gelu'(z), z = x W^T + b.
+"""The gradient through linear's GELU: dz = dy * gelu'(z), z = x W^T + b.
 
     gelu'(z) = Phi(z) + z * phi(z)        phi is Phi's density
 
 Shapes     dy [T, N], x [T, K], weight [N, K], bias [N]; dz [T, N].
-Precision  On a GPU z is that of linear in fp32, never rounded, and so is all that follows; dz is
-           rounded once. A CPU rounds z to the dtype of x, as stock does that keeps it.
-Batches    As linear's: a row of dz has the same bits whatever the other rows.
+Precision  On a GPU z is linear's, in fp32 and never rounded, like all that follows; dz is rounded
+           once. A CPU rounds z to the dtype of x, as stock does, which stores it.
+Batches    As linear: a row of dz has the same bits whatever the other rows.
 Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, differentiated. The product is
-           linear's kernel; dy comes into its epilogue, where z is, so that z meets no memory.
+           linear's kernel; dy is read in its epilogue, where z is, so z never goes to memory.
 """
 
 import torch
@@ -95,13 +95,13 @@ SPEC = Spec(
     inputs=_inputs,
     cost=_cost,
     cases=(
-        {"T": 128, "K": 130, "N": 72},  # rows past these have their own tiles
-        {"T": 37, "K": 96, "N": 136},  # columns of tiles go past the rows
-        {"T": 131, "K": 16, "N": 130, "bias": False},  # tiles of three rows, of two columns
+        {"T": 128, "K": 130, "N": 72},  # further rows are in tiles of their own
+        {"T": 37, "K": 96, "N": 136},  # column indices exceed the number of rows
+        {"T": 131, "K": 16, "N": 130, "bias": False},  # edge tiles of three rows, two columns
         {"T": 6, "K": 64, "N": 64, "scale": 100.0},  # saturated
         {"T": 1, "K": 1, "N": 1},
         {"T": 0, "K": 128, "N": 128},
-        {"T": 37, "K": 128, "N": 192},  # enough for oneDNN
+        {"T": 37, "K": 128, "N": 192},  # large enough for oneDNN
     ),
     fuzz=_fuzz,
     whole={"T": 256, "K": 256, "N": 128},

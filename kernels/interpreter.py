@@ -1,18 +1,18 @@
-"""Triton's interpreter, mended where it computes other numbers than a GPU.
+"""Fixes for Triton's interpreter where its results differ from a GPU's.
 
-With TRITON_INTERPRET=1 a kernel runs in numpy, which has no bf16 and no fp8: their values lie there
-as raw bits. As Triton 3.6 to 3.9 ship it, the interpreter truncates where a GPU rounds, adds and
-multiplies the bits as if they were integers, takes a TF32 product for an exact one, and forgets
-that a launch wants its assertions checked. It also does over what takes time, see `_mend_calls`.
+With TRITON_INTERPRET=1 a kernel runs in numpy, which has no bf16 and no fp8: their values are
+stored as raw bits. As shipped with Triton 3.6 to 3.9, the interpreter truncates where a GPU rounds,
+adds and multiplies the raw bits as integers, computes TF32 products exactly, and ignores a launch's
+request to check assertions. One fix is for speed, see `_mend_calls`.
 
-A Mend has a probe, a small computation whose result on a GPU is known. `mend` applies those whose
-probe comes out otherwise, and no others: where Triton has mended it, ours stays away.
-Not mended: exp2, rsqrt and division are exact here and good to 2 ulp on a GPU; sums are in numpy's
+A Mend has a probe, a small computation whose result on a GPU is known. `mend` applies only those
+whose probe gives another result: what Triton has fixed itself is left alone.
+Not fixed: exp2, rsqrt and division are exact here and good to 2 ulp on a GPU; sums are in numpy's
 order, and in bf16 round once, where a GPU rounds at each step; a masked lane without `other` is
-zero here and undefined there.
+zero here and undefined on a GPU.
 
 Source     PTX that Triton 3.6 and 3.9 emit for sm_90: cvt.rn.bf16x2.f32, cvt.rn.satfinite.e4m3x2
-           and e5m2x2 (past the largest finite value, infinity too, is that value), and no cvt
+           and e5m2x2 (larger values, infinity too, become the largest finite one), and no cvt
            before a TF32 product, which reads the upper 19 bits. Fp8 formats: Micikevicius et al.,
            FP8 Formats for Deep Learning, 2022.
 """
@@ -30,19 +30,19 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 FP8 = (tl.float8e5, tl.float8e5b16, tl.float8e4nv, tl.float8e4b8, tl.float8e4b15)
-RAW = (tl.bfloat16, *FP8)  # what numpy has no type for
+RAW = (tl.bfloat16, *FP8)  # dtypes that numpy lacks
 
 
 # -- numbers --------------------------------------------------------------------------------
 def decode(data, dtype):
-    """Raw bits of a dtype of RAW as float32, exactly; data of any other dtype as it is."""
+    """Raw bits of a dtype of RAW as float32, exactly; data of any other dtype unchanged."""
     if dtype == tl.bfloat16:
         return (data.astype(np.uint32) << 16).view(np.float32)
     return _values(dtype)[data] if dtype in FP8 else data
 
 
 def encode(x, dtype, toward_zero=False):
-    """Floating x as raw bits of a dtype of RAW: to nearest even, or the nearest towards zero."""
+    """Floating x as raw bits of a dtype of RAW: to nearest even, or towards zero."""
     x = np.asarray(x, np.float32)
     return (_encode_bf16 if dtype == tl.bfloat16 else _encode_fp8)(x, dtype, toward_zero)
 
@@ -55,7 +55,7 @@ def _encode_bf16(x, _, toward_zero):
 
 @np.errstate(invalid="ignore")  # of signalling NaN
 def _encode_fp8(x, dtype, toward_zero):
-    """Past the largest finite value is that value, as cvt.satfinite has it."""
+    """Larger values become the largest finite one, as with cvt.satfinite."""
     values = _values(dtype)[:128]
     values = values[np.isfinite(values)].astype(np.float64)
     if toward_zero:
@@ -72,7 +72,7 @@ def _encode_fp8(x, dtype, toward_zero):
 
 
 def _values(dtype):
-    """What the 256 codes of an fp8 dtype are, float32."""
+    """The values of the 256 codes of an fp8 dtype, float32."""
     code = np.arange(256)
     mantissa = code % 2**dtype.fp_mantissa_width / 2**dtype.fp_mantissa_width
     exponent = code % 128 // 2**dtype.fp_mantissa_width
@@ -83,7 +83,7 @@ def _values(dtype):
         values[[0x7D, 0x7E, 0x7F, 0xFD, 0xFE, 0xFF]] = np.nan
     elif dtype == tl.float8e4nv:
         values[[0x7F, 0xFF]] = np.nan
-    elif dtype != tl.float8e4b15:  # which is all numbers
+    elif dtype != tl.float8e4b15:  # which has neither infinity nor NaN
         values[0x80] = np.nan
     return values.astype(np.float32)
 
@@ -93,7 +93,7 @@ def _numpy(dtype):
 
 
 def _number(value, dtype):
-    """A TensorHandle of dtype holding what value comes to, for probes."""
+    """A TensorHandle of dtype that holds value converted, for probes."""
     data = np.array([value], np.float32)
     return TensorHandle(encode(data, dtype) if dtype in RAW else data.astype(_numpy(dtype)), dtype)
 
@@ -145,16 +145,16 @@ def _casts_are_broken():
 
 # -- arithmetic -----------------------------------------------------------------------------
 def _rounded(result, dtype):
-    """A TensorHandle of dtype, where result is a number; of int1, where it is a truth value."""
+    """A TensorHandle of dtype for a numeric result, of int1 for a boolean one."""
     if result.dtype == bool:
         return TensorHandle(result, tl.int1)
     return TensorHandle(encode(result, dtype), dtype)
 
 
 def _mend_arithmetic():
-    """In fp32, then rounded, which is what a bf16 instruction gives."""
+    """Computed in fp32, then rounded, as a bf16 instruction does."""
 
-    def mended(original, operands):
+    def fixed(original, operands):
         def op(self, *args):
             dtype = args[operands - 1].dtype.scalar
             if dtype != tl.bfloat16:
@@ -165,22 +165,22 @@ def _mend_arithmetic():
 
     for name, operands in (("unary_op", 1), ("binary_op", 2)):
         original = getattr(InterpreterBuilder, name)
-        setattr(InterpreterBuilder, name, mended(original, operands))
+        setattr(InterpreterBuilder, name, fixed(original, operands))
     clampf, fma = InterpreterBuilder.create_clampf, InterpreterBuilder.create_fma
 
-    def mended_clampf(self, x, low, high, propagate_nans):
+    def fixed_clampf(self, x, low, high, propagate_nans):
         if x.dtype.scalar != tl.bfloat16:
             return clampf(self, x, low, high, propagate_nans)
         wide = (self.cast_impl(t, tl.float32) for t in (x, low, high))
         return self.cast_impl(clampf(self, *wide, propagate_nans), tl.bfloat16)
 
-    def mended_fma(self, x, y, z):
+    def fixed_fma(self, x, y, z):
         if z.dtype.scalar != tl.bfloat16:
             return fma(self, x, y, z)
         x, y, z = (decode(t.data, tl.bfloat16).astype(np.float64) for t in (x, y, z))
         return _rounded(x * y + z, tl.bfloat16)
 
-    InterpreterBuilder.create_clampf, InterpreterBuilder.create_fma = mended_clampf, mended_fma
+    InterpreterBuilder.create_clampf, InterpreterBuilder.create_fma = fixed_clampf, fixed_fma
 
 
 def _arithmetic_is_broken():
@@ -233,15 +233,15 @@ def _reductions_are_broken():
 
 # -- products -------------------------------------------------------------------------------
 def tf32(x):
-    """float32 x cut to the 10 bits of mantissa that a TF32 tensor core reads: it does not round."""
+    """float32 x truncated, not rounded, to the 10 mantissa bits that a TF32 tensor core reads."""
     return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    """d + a b. In exact fp32 one chain of sums from d on, as where it runs on no tensor core. Else
-    exact products of the operands as the tensor core reads them, summed in fp64 and rounded to the
-    dtype of d. BLAS would add up in an order that depends on the tile and on where in it a number
-    lies, and a b would not be (b^T a^T)^T: on no GPU is that so.
+    """d + a b. In exact fp32 one chain of sums starting from d, as without tensor cores. Otherwise
+    exact products of the operands as a tensor core reads them, summed in fp64 and rounded to the
+    dtype of d. BLAS would sum in an order that depends on the tile and on the position in it, and
+    a b would not equal (b^T a^T)^T, as it does on a GPU.
 
     tf32x3 and the like differ from fp32 by less than the order of a sum does: exact here.
     """
@@ -256,12 +256,12 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 def _chain(a, b, d):
-    """Each product is rounded, as fma would not do: numpy has none."""
+    """Each product is rounded, unlike in an fma, which numpy lacks."""
     terms = np.empty((a.shape[-1] + 1, *d.shape), np.float32)
     terms[0] = d
     a, b = np.moveaxis(a, -1, 0)[..., None], np.moveaxis(b, -2, 0)[..., None, :]
     np.multiply(a, b, out=terms[1:])
-    return np.add.reduce(terms, 0)  # over another dimension than the last one after the other
+    return np.add.reduce(terms, 0)  # sequential, as it is not over the last dimension
 
 
 def _mend_dot():
@@ -284,7 +284,7 @@ def _dot_is_broken():
 
 # -- numpy 2.4 ------------------------------------------------------------------------------
 def _mend_index():
-    """int() of an array of one element must not have a dimension any more."""
+    """int() of a one-element array no longer works if it has a dimension."""
     original = interpreter._patch_lang_tensor
 
     def patch(tensor, scope):
@@ -308,7 +308,7 @@ def _index_is_broken():
 # -- options of a launch --------------------------------------------------------------------
 @contextmanager
 def options_of(launch):
-    """What a launch's keywords say of the compilation holds inside; other keywords are ignored."""
+    """Applies a launch's compilation options inside; other keywords are ignored."""
     builder = interpreter.interpreter_builder
     before = builder.options
     said = {k: launch[k] for k in ("debug", "sanitize_overflow") if k in launch}
@@ -344,10 +344,10 @@ def _options_are_forgotten():
 
 # -- calls of device functions --------------------------------------------------------------
 def _mend_calls():
-    """A launch puts the interpreter's functions in the place of the language's until it ends. Each
-    call of a jit function by another did so anew, which was a fifth of the time of a kernel."""
+    """A launch patches the language's functions with the interpreter's until it ends. Each call of
+    one jit function by another did so again, which was a fifth of a kernel's time."""
     patch = interpreter._patch_lang
-    patched = set()  # of tl and tl.core, those of the present launch
+    patched = set()  # which of tl and tl.core the current launch has patched
 
     class Scope(interpreter._LangPatchScope):
         def restore(self):
@@ -416,9 +416,9 @@ MENDS = (
 
 
 def mend():
-    """Apply what is needed of MENDS, and return what that was; a second call finds nothing to do.
+    """Apply those of MENDS that are needed, and return them; a second call finds nothing to do.
 
-    Raises RuntimeError where a mend does not help: this Triton is not one that we know.
+    Raises RuntimeError if a fix does not help: this version of Triton is unknown to us.
     """
     needed = [m for m in MENDS if m.broken()]
     for m in needed:

@@ -1,6 +1,6 @@
-"""What every op needs: Triton or word of its absence, registration with torch, row views, errors.
+"""What every op needs: Triton or a stand-in, registration with torch, row views, errors.
 
-This is the one module that knows whether Triton is there.
+This is the only module that knows whether Triton is installed.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # macOS, Windows: the CPU implementations remain
+except ImportError:  # a CPU build of torch, macOS, Windows: the CPU implementations remain
     triton = tl = TensorDescriptor = _Absent()
 
 HAS_TRITON = not isinstance(triton, _Absent)
@@ -37,17 +37,17 @@ if INTERPRET:
     from .interpreter import mend
 
     mend()
-MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU; older ones lack bf16 tensor cores and cp.async
+MIN_CAPABILITY = (8, 0)  # NVIDIA; older GPUs lack bf16 tensor cores and cp.async
 
 LIB = torch.library.Library("bert_fast", "FRAGMENT")
-_ready = set()  # devices that kernels run on: to ask takes 1 us
+_ready = set()  # devices known to run kernels, as checking takes 1 us
 KERNELS = {}  # the Triton form of each op by name, for checks that compile it without a GPU
-COMPOSED = {}  # those that are other ops on every device, likewise
+COMPOSED = {}  # likewise the ops that are composed of others on every device
 WARP_SIZE = 64 if torch.version.hip else 32
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that ops take; all accumulate in fp32
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of inputs; all ops accumulate in fp32
 
 
-@torch.compiler.assume_constant_result  # dynamo need not trace what it asks the driver
+@torch.compiler.assume_constant_result  # dynamo need not trace the driver queries
 def missing(device):
     """Why the ops cannot run on device, and what to do; None where they can."""
     device = torch.device(device)
@@ -69,19 +69,19 @@ _capability = functools.cache(torch.cuda.get_device_capability)
 
 
 CPU = {}
-with contextlib.suppress(AttributeError, RuntimeError):  # an older torch tells nothing of it
+with contextlib.suppress(AttributeError, RuntimeError):  # not in older torch
     CPU = torch.cpu.get_capabilities()
 AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-INTEL = CPU.get("cpu_name", "").startswith("Intel")  # on which alone MKL uses AVX-512
+INTEL = CPU.get("cpu_name", "").startswith("Intel")  # only there does MKL use AVX-512
 
 
 @functools.cache
 def cpu_multiplies(dtype, few=False):
-    """Whether products of dtype are best left in it on this CPU; few is of a few rows.
+    """Whether products of dtype are fastest in that dtype on this CPU; few: for a few rows.
 
-    Where there are no instructions for 16 bits, as most have none for fp16, those take four to
-    seven times as long as in fp32. But where oneDNN emulates bf16, with AVX-512, a few rows take
-    less than to bring their weight to fp32."""
+    Without 16-bit instructions, and most CPUs have none for fp16, they take four to seven times as
+    long as in fp32. But where oneDNN emulates bf16, with AVX-512, a few rows take less time than
+    converting their weight to fp32."""
     short = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
     if short is None:
         return True
@@ -91,7 +91,7 @@ def cpu_multiplies(dtype, few=False):
 
 
 def for_products(*tensors):
-    """Tensors (or None) of one dtype, in fp32 if they are on a CPU without products of theirs."""
+    """Tensors (or None) of one dtype, in fp32 if their CPU has no fast products in it."""
     first = tensors[0]
     if first.device.type != "cpu" or cpu_multiplies(first.dtype):
         return tensors
@@ -101,7 +101,7 @@ def for_products(*tensors):
 def backend(device):
     """What runs the ops on device: "triton", "interpreter" or "pytorch".
 
-    Raises RuntimeError, saying what to do, where nothing does.
+    Raises RuntimeError, saying what to do, if nothing can.
     """
     if reason := missing(device):
         raise RuntimeError(f"bert_fast: {reason}")
@@ -113,12 +113,12 @@ def backend(device):
 def define(schema, outputs, launch, plain):
     """Register bert_fast::<schema> and return the op.
 
-    outputs(*args) allocates what the op returns, contiguous, never a view of an argument. Fake
-    tensors ask it too, so shapes, strides and dtypes of results are said once.
+    outputs(*args) allocates what the op returns, contiguous, never a view of an argument. It also
+    serves fake tensors, so shapes, strides and dtypes of results are stated once.
     launch(out, *args) fills them with Triton: on CUDA, and on the CPU under TRITON_INTERPRET=1.
-    Else plain(*args) is the op on the CPU: PyTorch, made fast for the packed layout.
+    Otherwise plain(*args) is the op on the CPU: PyTorch, optimised for the packed layout.
 
-    Plain Library calls, since torch.library.custom_op adds about 7 us to every op call.
+    Registered with plain Library calls, as torch.library.custom_op adds about 7 us per op call.
     """
 
     def kernel(*args):
@@ -132,7 +132,7 @@ def define(schema, outputs, launch, plain):
             if reason := missing(device):
                 raise RuntimeError(f"bert_fast::{name}: {reason}")
             _ready.add(device)
-        if device.index == torch.cuda.current_device():  # entering it takes 3 us
+        if device.index == torch.cuda.current_device():  # entering a device takes 3 us
             return kernel(*args)
         with torch.cuda.device(device):
             return kernel(*args)
@@ -155,17 +155,17 @@ def define(schema, outputs, launch, plain):
     LIB.impl(name, on_cpu, "CPU")
     _without_autocast(name, "cpu")
     torch.library.register_fake(f"bert_fast::{name}", fake, lib=LIB)
-    op = getattr(torch.ops.bert_fast, name).default  # the functions above name its arguments
+    op = getattr(torch.ops.bert_fast, name).default  # the closures above use it
     return call
 
 
-# Private to torch; in one without them all ops are dispatched.
+# Private to torch; in a version without them all ops are dispatched.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _is_profiled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 
 class _Thread(threading.local):
-    direct = None  # the type of the device on which its ops are called past the dispatcher
+    direct = None  # device type whose ops bypass the dispatcher in this thread
 
 
 _thread = _Thread()
@@ -173,9 +173,9 @@ _thread = _Thread()
 
 @contextlib.contextmanager
 def directly(device, tensors):
-    """Ops called in here go past torch's dispatcher, which takes 10 us of a call, unless somebody
-    listens there: a mode, the profiler, autocast, a compiler, or one of tensors that has a class of
-    its own. The caller says that all are on device, which has kernels."""
+    """Ops called inside bypass torch's dispatcher, which takes 10 us per call, unless something
+    intercepts there: a mode, the profiler, autocast, a compiler, or a tensor subclass among
+    tensors. The caller guarantees that all are on device, which has kernels."""
     if (
         torch.compiler.is_compiling()
         or _modes()
@@ -195,8 +195,8 @@ def directly(device, tensors):
 
 
 def one_device(op, args):
-    """The device of the tensors among args of op. Raises ValueError where they have several: a
-    kernel would take the address of one for its own."""
+    """The device of the tensors among args of op. Raises ValueError if there are several: a kernel
+    would treat an address on another device as one of its own."""
     found = None
     for i, a in enumerate(args):
         if isinstance(a, torch.Tensor):
@@ -212,8 +212,8 @@ def one_device(op, args):
 
 
 def define_plain(schema, outputs, plain):
-    """Register an op that is PyTorch, and other ops, on every device: backwards without a kernel of
-    their own. On a GPU they do not ask how many tokens there are, which would wait for it."""
+    """Register an op composed of PyTorch and other ops on every device: a backward without a kernel
+    of its own. On a GPU it does not read the number of tokens, as it would have to wait."""
     name = schema.partition("(")[0]
     COMPOSED[name] = plain
     LIB.define(schema)
@@ -225,8 +225,8 @@ def define_plain(schema, outputs, plain):
 
 
 def _without_autocast(name, device):
-    """An op computes in the dtypes it is given: torch's ops that it is made of see no autocast.
-    Kernels on a GPU can do without this, which takes some 10 us."""
+    """An op computes in the dtypes it is given: autocast is off for the torch ops inside it.
+    Kernels on a GPU do not need this, which takes some 10 us."""
 
     def call(*args):
         with torch.autocast(device, enabled=False):
@@ -236,20 +236,19 @@ def _without_autocast(name, device):
 
 
 def is_recorded():
-    """Whether autograd records what is called: nothing in inference mode, whatever else is on.
-    Dynamo cannot ask for that mode."""
+    """Whether autograd records calls: never in inference mode, a mode that dynamo cannot query."""
     return torch.is_grad_enabled() and (
         torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
     )
 
 
 def once_differentiable(backward, sources=lambda ctx: ctx.saved_tensors):
-    """A backward whose gradients have none of their own: a second derivative, in whatever way it is
-    asked for, is an error. With torch's once_differentiable it is none where the gradients that
-    come in do not require one; and as no path leads from its error to what the forward was given,
-    torch.autograd.functional has zeros for a Hessian.
+    """A backward whose gradients are not differentiable: a second derivative, however requested, is
+    an error. With torch's once_differentiable it is not if the incoming gradients do not require
+    grad; and as no path leads from its error node to the forward's inputs,
+    torch.autograd.functional returns zeros for a Hessian.
 
-    sources  ctx -> tensors (or None) on which the gradients depend, beside those that come in
+    sources  ctx -> tensors (or None) on which the gradients depend, besides the incoming ones
     """
 
     def once(ctx, *grads):
@@ -276,11 +275,11 @@ def once_differentiable(backward, sources=lambda ctx: ctx.saved_tensors):
 
 
 class _Refused(torch.autograd.Function):
-    """tensors, whose gradient is an error."""
+    """The identity, whose backward raises."""
 
     @staticmethod
     def forward(ctx, tensors, *sources):
-        return tuple([t.view_as(t) for t in tensors])  # one may be what came in
+        return tuple([t.view_as(t) for t in tensors])  # one may be an input
 
     @staticmethod
     def backward(ctx, *_):
@@ -290,7 +289,7 @@ class _Refused(torch.autograd.Function):
         )
 
 
-_batched = [  # names that are torch's own, which it may change
+_batched = [  # private names, which torch may change
     getattr(torch._C._functorch, name)
     for name in ("is_batchedtensor", "is_legacy_batchedtensor")
     if hasattr(torch._C._functorch, name)
@@ -298,7 +297,7 @@ _batched = [  # names that are torch's own, which it may change
 
 
 def _is_batched(grads):
-    """Whether a vmap runs a backward; autograd has one of its own."""
+    """Whether a backward runs under vmap, torch.func's or autograd's own."""
     return any(t is not None and any(ask(t) for ask in _batched) for t in grads)
 
 
@@ -311,7 +310,7 @@ def head(num_tokens, *tensors):
 
 
 def with_room(t, M):
-    """t [T, ...] and, up to M, rows that nobody has written; contiguous."""
+    """t [T, ...] extended to M rows, the further ones uninitialised; contiguous."""
     if t.shape[0] == M:
         return t.contiguous()
     out = t.new_empty(M, *t.shape[1:])
@@ -320,7 +319,7 @@ def with_room(t, M):
 
 
 def pad_rows(t, M):
-    """t [T, ...] with rows of zeros up to M: a gradient, which others are added to."""
+    """t [T, ...] extended to M rows with zeros: a gradient, which others are added to."""
     out = with_room(t, M)
     if t.shape[0] < M:
         out[len(t) :] = 0
@@ -328,8 +327,8 @@ def pad_rows(t, M):
 
 
 def zeros_past(num_tokens, *tensors):
-    """Each tensor [T, ...] (or None) with zeros from row num_tokens on, if that is not None:
-    gradients as above, where nobody is to wait for the number."""
+    """Each tensor [T, ...] (or None) with zeros from row num_tokens on, if that is not None: for
+    gradients as above, without reading the number on the host."""
     if num_tokens is None:
         return tensors
 
@@ -342,28 +341,28 @@ def zeros_past(num_tokens, *tensors):
 
 # -- launches -------------------------------------------------------------------------------
 _compiled = {}  # what `start` has launched: (compiled kernel, its constexprs)
-_free = {}  # id: (kernel, of each argument whether a new value compiles nothing anew)
+_free = {}  # id: (kernel, for each argument whether it is do_not_specialize)
 _run = HAS_TRITON and triton.JITFunction.run
-FUSED = {"enable_fp_fusion": True}  # a * b + c is one instruction; from Triton 3.10 on not unasked
+FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction; off by default from Triton 3.10
 
 
 def start(kernel, programs, *args, **options):
     """kernel[(programs,)](*args, **options), in 6 us instead of 15.
 
-    args     all that are no constexpr: tensors, descriptors of them, None, integers, floats
+    args     all that are not constexpr: tensors, descriptors of them, None, integers, floats
     options  the constexprs, num_warps and num_stages
 
-    Triton's own way finds out at every launch which of its compiled kernels to take. What it goes
-    by is the key here, or more: the value of an integer, where Triton asks whether it is 1 or a
-    multiple of 16, unless the kernel says do_not_specialize. On AMD it goes by the size of tensors
-    too, so there, and where something is in the place of its run, a launch is left to Triton.
+    Triton itself works out at every launch which compiled kernel to use. Here they are cached by a
+    key that is at least as fine as Triton's: it has the value of an integer, where Triton only
+    specialises on 1 and on multiples of 16, unless the kernel says do_not_specialize. On AMD Triton
+    also specialises on the size of tensors, so there, and where its run is patched, it launches.
     """
     if INTERPRET or torch.version.hip or triton.JITFunction.run is not _run:
         kernel[(programs,)](*args, **options, **FUSED)
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    key = [id(kernel), device]  # its own hash is that of its source
+    key = [id(kernel), device]  # hashing the kernel would hash its source
     if id(kernel) not in _free:
         _free[id(kernel)] = kernel, [p.do_not_specialize for p in kernel.params]
     for a, is_free in zip(args, _free[id(kernel)][1]):
@@ -378,13 +377,13 @@ def start(kernel, programs, *args, **options):
             key.append(a.dtype)
             key.append(a.data_ptr() % 16)
     key += options
-    key += options.values()  # of them a function, too, is hashed by its source
+    key += options.values()  # a function among them, too, is hashed by its source
     found = _compiled.get(key := tuple(key))
     if found is None:
-        if len(_compiled) >= 10000:  # strides without end
+        if len(_compiled) >= 10000:  # e.g. ever new strides
             _compiled.clear()
         compiled = kernel[(programs,)](*args, **options, **FUSED)
-        if compiled is None:  # a hook of Triton's took the launch
+        if compiled is None:  # one of Triton's hooks took the launch
             return
         _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
         return
@@ -400,25 +399,25 @@ def start(kernel, programs, *args, **options):
 
 # -- configurations -------------------------------------------------------------------------
 TABLES = Path(__file__).with_name("tuned")  # a file for each GPU, written by `python bench tune`
-FLAGS = {"PERSISTENT"}  # numbers of a configuration that are 0 or 1
+FLAGS = {"PERSISTENT"}  # entries of a configuration that are 0 or 1
 OF_A_BATCH = {"T", "Tk", "M", "B", "S", "tokens", "rows", "programs", "max_seqlen"}
 
 
 def slug(name):
-    """NVIDIA H200 as the name of a file: nvidia-h200"""
+    """A GPU's name as a file name: nvidia-h200 for NVIDIA H200."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
 def configuration(op, default, fixed=(), rows=None, **key):
-    """How to launch op on the current GPU: as its table says for key, else default.
+    """How to launch op on the current GPU: its table's entry for key, else default.
 
     default  {name: integer}: tile sizes, num_warps, num_stages
-    fixed    names in default that correctness hangs on: always as in default
-    rows     of this call, for an op that gives the same bits with several. A table has an entry
-             for each power of two, which serves the numbers of rows below; `bench tune` takes no
-             configuration that changes a bit.
-    key      what the choice depends on. It names nothing of the batch (ValueError): the order in
-             which a sum is taken follows from the choice, and a sequence's bits from that order.
+    fixed    names in default that correctness depends on: always as in default
+    rows     number of rows in this call, for an op with several configurations of the same bits. A
+             table has an entry for each power of two, used for up to that many rows; `bench tune`
+             rejects configurations that change a bit.
+    key      what the choice depends on. It must name nothing about the batch (ValueError): the
+             configuration decides the order of sums, and that order a sequence's bits.
     """
     if wrong := OF_A_BATCH & key.keys():
         raise ValueError(
@@ -435,11 +434,11 @@ def configuration(op, default, fixed=(), rows=None, **key):
     return {**tuned, **{name: default[name] for name in fixed}}
 
 
-ROWS = (128, 16384)  # fewer and more are taken for these
+ROWS = (128, 16384)  # numbers of rows are clamped to this range
 
 
 def bucket(rows):
-    """The number of rows that a table has an entry for, in place of rows."""
+    """The number of rows whose table entry is used for rows."""
     return None if rows is None else next_power_of_2(min(max(rows, ROWS[0]), ROWS[1]))
 
 
@@ -449,7 +448,7 @@ def product_key(N, K, itemsize, precision):
 
 
 def written(key, rows=None):
-    """{"N": 768, "D": 64} and 1000 rows as in a table: D=64 N=768 rows<=1024"""
+    """A key as in a table: D=64 N=768 rows<=1024 for {"N": 768, "D": 64} and 1000 rows."""
     words = [f"{name}={value}" for name, value in sorted(key.items())]
     return " ".join(words if rows is None else [*words, f"rows<={bucket(rows)}"])
 
@@ -457,22 +456,22 @@ def written(key, rows=None):
 _gpus = functools.cache(torch.cuda.is_available)
 
 
-@functools.cache  # a launch comes here, and this takes as long as a launch
+@functools.cache  # every launch calls this, and it takes as long as a launch
 def _tuned(index, op, rows, key):
     return _table(index).get((op, written(dict(key), rows)))
 
 
 @functools.cache
 def _table(index):
-    """{(op, key): configuration} of a GPU; {} where there is no table, or a wrong one."""
+    """{(op, key): configuration} of a GPU; {} without a table, or with an invalid one."""
     name = torch.cuda.get_device_name(index)
     path = TABLES / f"{slug(name)}.json"
     return read_table(path, name) if path.exists() else {}
 
 
 def read_table(path, gpu):
-    """{(op, key): configuration} of the table in path, if it is for gpu. If it is for another, or
-    broken, {} and a warning that says what is wrong with it."""
+    """{(op, key): configuration} of the table in path, if it is for gpu. If it is for another or
+    broken, {} and a warning that says what is wrong."""
     try:
         content = json.loads(path.read_text())
         for name, wanted in (("schema", 1), ("gpu", gpu)):
@@ -502,7 +501,7 @@ def read_table(path, gpu):
     return {}
 
 
-@functools.cache  # once each, though a launch comes here thousands of times
+@functools.cache  # each warning once, though launches repeat it thousands of times
 def _warn(what):
     warnings.warn(
         f"bert_fast: tuned configurations are not used, {what};"
@@ -520,8 +519,8 @@ def next_power_of_2(n):
 
 
 def warps(elements):
-    """For a row of so many elements, at 16 a thread: two 16-byte accesses of fp16. With one an H200
-    takes 2 to 9 % longer. At most 16."""
+    """Warps for a row of so many elements, at 16 per thread: two 16-byte accesses in fp16. With one
+    an H200 takes 2 to 9 % longer. At most 16 warps."""
     return min(max(elements // (16 * WARP_SIZE), 1), 16)
 
 
@@ -549,13 +548,13 @@ def _arch(device):
 
 
 def multiplies_from_shared_memory(arch):
-    """Whether tensor cores read operands there, as those of sm_90 and sm_100 do; from registers
-    else."""
+    """Whether tensor cores read operands from shared memory, as on sm_90 and sm_100, and not from
+    registers."""
     return isinstance(arch, int) and 90 <= arch < 120
 
 
 def multiprocessors():
-    """Of the current GPU; 132, as an H100 has, in the interpreter."""
+    """The number of SMs of the current GPU; in the interpreter 132, as on an H100."""
     return 132 if INTERPRET else _multiprocessors(triton.runtime.driver.active.get_current_device())
 
 
@@ -566,26 +565,26 @@ def _multiprocessors(device):
 
 
 def allows_tf32():
-    """Whether fp32 products may be TF32, as torch's own. (`allow_tf32` says the same, and raises
-    where somebody has set fp32_precision.)"""
+    """Whether fp32 products may use TF32, as for torch's own. (`allow_tf32` says the same, but
+    raises if fp32_precision has been set.)"""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def precision(t):
-    """input_precision of a tl.dot of t: exact, but for fp32 where torch may use TF32 too."""
+    """input_precision of a tl.dot of t: exact, except in fp32 where torch may use TF32 too."""
     if t.dtype != torch.float32 or not allows_tf32():
         return "ieee"
     gpu = arch()
-    return "tf32" if isinstance(gpu, int) or gpu == "gfx942" else "ieee"  # on AMD, of that alone
+    return "tf32" if isinstance(gpu, int) or gpu == "gfx942" else "ieee"  # of AMD's, only that one
 
 
 def is_exact(itemsize, precision):
-    """Whether products are of fp32 as it is, on no tensor core of NVIDIA's."""
+    """Whether products are exact fp32, which NVIDIA's tensor cores do not compute."""
     return itemsize == 4 and precision == "ieee"
 
 
 def show(t):
-    """t in an error message: float16[4, 768]; with its device where that is not the CPU."""
+    """t in an error message: float16[4, 768]; with its device if that is not the CPU."""
     if isinstance(t, torch.dtype):
         return str(t).removeprefix("torch.")
     if not isinstance(t, torch.Tensor):
@@ -603,6 +602,6 @@ def check_num_tokens(op, num_tokens):
 
 
 def check_rows(op, x):
-    """Raise for more rows than the kernels of products count."""
+    """Raise for more rows than the product kernels can index."""
     if x.shape[0] >= 2**31:
         raise ValueError(f"{op}: x must have less than 2^31 rows, got {show(x)}")

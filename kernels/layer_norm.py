@@ -105,7 +105,7 @@ def plain_layer_norm(h, weight, bias, eps, dtype):
 
 
 def sum_of(x, residual):
-    """h in fp32, or in fp64 for fp64: x itself where nothing is to be done."""
+    """h in fp32, or in fp64 for fp64; x itself if nothing needs to be done."""
     h = x if x.dtype == torch.float64 else x.float()
     return h if residual is None else h + residual
 
@@ -148,14 +148,14 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
     """Layer norm of x + residual over the last dimension.
 
     x             [..., N], fp32, fp16 or bf16, 1 <= N <= 8192
-    weight, bias  [N], both fp32, fp16 or bf16, not necessarily as x
+    weight, bias  [N], both fp32, fp16 or bf16, not necessarily that of x
     residual      shape of x, fp32, fp16 or bf16; None adds nothing
     eps           added to the variance, so in units of x squared; BERT's by default
     num_tokens    [1] integer on the device of x [T, N]: rows past it are not read, and not
                   written in the result; None takes all rows
 
     Returns [..., N] in the dtype of x, contiguous. Differentiable once, in x, weight, bias and
-    residual. Rows may lie any even distance apart; an input laid out otherwise is copied first.
+    residual. Rows may have any constant stride; an input laid out otherwise is copied first.
     Raises ValueError for any other shape or dtype.
     """
     check_rows("layer_norm", x)
@@ -169,14 +169,14 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
 
 
 def check_rows(op, x):
-    """Raise ValueError unless x is rows that a program can hold."""
+    """Raise ValueError unless a program can hold the rows of x."""
     if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_N or x.dtype not in DTYPES:
         want = f"fp32, fp16 or bf16 [..., 1 to {MAX_N}]"
         raise ValueError(f"{op}: x must be {want}, got {show(x)}")
 
 
 def check_weight_and_bias(op, N, weight, bias):
-    """Raise ValueError unless they are of a LayerNorm over N numbers."""
+    """Raise ValueError unless they are the parameters of a LayerNorm over N numbers."""
     alike = weight.shape == bias.shape == (N,) and weight.dtype == bias.dtype
     if not alike or weight.dtype not in DTYPES:
         got = f"{show(weight)} and {show(bias)}"
@@ -209,7 +209,7 @@ def _inputs(
 
 
 def fuzz_shape(rng):
-    """Up to three dimensions, of few rows and of columns around powers of two."""
+    """A shape of up to three dimensions, with few rows and column counts around powers of two."""
     leading = [rng.choice((0, 1, 1, 2, 3, 5)) for _ in range(rng.randint(0, 2))]
     return [*leading, rng.choice((1, 2, 3, 7, 16, 31, 64, 100, 127, 128, 129, 768, 1000, 1025))]
 
@@ -242,7 +242,7 @@ SPEC = Spec(
         {"shape": (5, 1)},
         {"shape": (0, 64)},
         {"shape": (37, 7)},
-        {"shape": (3, 64), "eps": 1.0},  # large enough to show
+        {"shape": (3, 64), "eps": 1.0},  # large enough to matter
         {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
         {"shape": (3, 64), "residual_dtype": torch.bfloat16},  # as under autocast
     ),

@@ -10,9 +10,9 @@ Shapes     dy, x, residual, dx [..., N]; weight, dweight, dbias [N]; N <= 8192. 
            residual is that of x.
 Precision  fp32 throughout, h too; dx is rounded once to the dtype of x, dweight and dbias to that
            of weight.
-Batches    A row of dx has the same bits whatever the other rows. A program adds up some of the
-           rows of dweight and dbias, then all programs' sums are added, in an order that hangs on
-           nothing but the number of rows and of multiprocessors: two runs give the same bits.
+Batches    A row of dx has the same bits whatever the other rows. Each program sums some rows of
+           dweight and dbias, then the programs' sums are added, in an order that depends only on
+           the number of rows and of SMs: two runs give the same bits.
 Source     Ba, Kiros, Hinton, Layer Normalization, 2016; differentiated.
 """
 
@@ -29,7 +29,7 @@ from .spec import Spec
 
 
 class LayerNormGradients(NamedTuple):
-    dx: torch.Tensor  # [..., N], of the residual too
+    dx: torch.Tensor  # [..., N], the gradient of the residual too
     dweight: torch.Tensor  # [N]
     dbias: torch.Tensor  # [N]
 
@@ -60,7 +60,7 @@ def _backward_kernel(
     stride_dym, stride_xm, stride_rm,
     M, N,
     eps,
-    STAGES: tl.constexpr,  # rows on their way to a program, but one
+    STAGES: tl.constexpr,  # one more than the rows in flight to a program
     BLOCK_N: tl.constexpr,
 ):
     """Program i takes rows i, i + programs and so on."""
@@ -85,7 +85,7 @@ def _backward_kernel(
         mean_g = tl.sum(g, axis=0) / N
         mean_gx = tl.sum(g * x_hat, axis=0) / N
         dx = rstd * (g - mean_g - x_hat * mean_gx)
-        if BLOCK_N == 1:  # as one fma, dy * weight - mean_g is what g was rounded by, and not zero
+        if BLOCK_N == 1:  # as one fma, dy * weight - mean_g is g's rounding error, not zero
             dx = tl.zeros([1], tl.float32)
         dweight += dy * x_hat
         dbias += dy
@@ -106,7 +106,7 @@ def _sum_kernel(
     programs, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """Program i takes columns i * BLOCK_N and on of dweight and dbias, side by side."""
+    """Program i takes the columns from i * BLOCK_N on of dweight and dbias, concatenated."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < 2 * N
@@ -123,20 +123,20 @@ def _sum_kernel(
 
 # -- launchers ------------------------------------------------------------------------------
 def _beside(N):
-    """Programs of a multiprocessor."""
+    """Programs per SM."""
     return max(min(8192 // next_power_of_2(N), 8), 1)
 
 
 def _programs(M, beside, multiprocessors):
-    """The interpreter, which pays for programs, has few, and yet no more than 64 rows in each."""
+    """Few in the interpreter, where each program is costly, but with at most 64 rows each."""
     return min(M, max(4, M // 64) if launch.INTERPRET else beside * multiprocessors)
 
 
 def _config(N):
-    """More programs on a multiprocessor hide more of the waits of a row, for memory and for four
-    sums; each leaves two rows of sums in fp32. Eight leave 9 % of what 16,384 rows of 768 move.
-    In one warp the sums cross no threads' barrier: on an H200 that and four stages take half the
-    time of four warps and two. Of longer rows four stages in fp32 fill more than 99 KiB."""
+    """More programs per SM hide more of a row's latency, of memory and of four reductions; each
+    writes two rows of sums in fp32. Eight programs write 9 % of what 16,384 rows of 768 move.
+    Within one warp reductions need no barrier: on an H200 that and four stages take half the time
+    of four warps and two. For longer rows four fp32 stages exceed 99 KiB."""
     BLOCK_N = next_power_of_2(N)
     config = {
         "BLOCK_N": BLOCK_N, "num_warps": ceil_div(BLOCK_N, 1024),
@@ -171,8 +171,8 @@ def _backward(out, dy, x, weight, residual, eps, num_tokens):
 
 
 def _plain(dy, x, weight, residual, eps, num_tokens):
-    """torch's own, but for what it leaves to rounding: h is centred first, and a row of dx, whose
-    sum is zero, once more."""
+    """torch's own, with two corrections for rounding: h is centred first, and so is each row of dx,
+    whose sum is zero, afterwards."""
     M, shape = x.shape[0], weight.shape
     dy, x, residual = launch.head(num_tokens, dy, x, residual)
     h = sum_of(x, residual)
@@ -203,7 +203,7 @@ def layer_norm_backward(dy, x, weight, residual=None, eps=1e-12, num_tokens=None
     """The gradients of layer_norm, as autograd asks for them.
 
     dy          [..., N] like x: the gradient of the result
-    x, weight, residual, eps   of the forward; its bias has no say
+    x, weight, residual, eps   those of the forward; its bias has no effect
     num_tokens  [1] integer on the device of x [T, N]: rows past it are not read, and their
                 gradients are zeros; None takes all rows
 
@@ -251,7 +251,7 @@ def _fuzz(rng):
 
 def _cost(itemsize, shape, residual=False, **_):
     size, N = math.prod(shape), shape[-1]
-    # In fp32, written and read; on an H100.
+    # The fp32 sums, written and read; on an H100.
     sums = 2 * N * _programs(size // N, _beside(N), 132)
     flops = (16 + residual) * size + 2 * sums
     return flops, ((3 + residual) * size + 3 * N) * itemsize + 8 * sums
@@ -272,10 +272,10 @@ SPEC = Spec(
         {"shape": (5, 2)},
         {"shape": (0, 64)},
         {"shape": (37, 7)},
-        {"shape": (3, 64), "eps": 1.0},  # large enough to show
+        {"shape": (3, 64), "eps": 1.0},  # large enough to matter
         {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
         {"shape": (11, 64), "num_tokens": 0},
-        {"shape": (3, 64), "num_tokens": 1000},  # which cannot be: all are tokens
+        {"shape": (3, 64), "num_tokens": 1000},  # out of range: all rows are tokens
     ),
     fuzz=_fuzz,
     whole={"shape": (256, 1024)},

@@ -1,4 +1,4 @@
-"""Matrix product, and what BERT does to its result: bias, GELU, residual add.
+"""Matrix product with what BERT applies to its result: bias, GELU, residual add.
 
     z = x W^T + b
     y = act(z) + residual        act(z) = z, or GELU in its erf form: z * Phi(z)
@@ -8,25 +8,25 @@ Precision  Sums in fp32, GELU and residual too; y is rounded once, to the dtype 
            are exact fp32 ("ieee"), summed in steps of K whose sums are added, unless
            torch.backends.cuda.matmul.fp32_precision allows TF32. GELU of 16 bits is a polynomial
            within half an ulp, see pointwise.py; with a residual it is erf.
-Batches    The kernel gives a row of y the same bits whatever the other rows, and however many. Each
-           number is one chain of sums over K, or in exact fp32 of its steps; the number of rows
-           chooses the tile, and so how often a program waits for memory, and never the instruction
-           that adds or its order.
-CPU        With AVX-512, oneDNN on the weight as it lies: torch's own linear gives fp32 to MKL,
+Batches    Batch-invariant: a row of y has the same bits whatever the other rows are, and however
+           many. Each element is accumulated over K in one fixed order (in exact fp32, step by
+           step); the number of rows selects only the tile, and with it how often a program waits
+           for memory, never the instruction that adds or the order of the sum.
+CPU        With AVX-512, oneDNN on the weight as stored: torch's own linear gives fp32 to MKL,
            half as fast on AMD, whose AVX-512 it does not use, and about as fast on Intel. oneDNN
-           adds up K in one chain, MKL in shorter ones: in fp32 a layer errs 1.4 to 1.7 times as
-           far, some 1e-6 of its values. GELU or the residual is taken before y leaves the cache.
-           In fp32 without AVX-512, torch's own: oneDNN takes 1.0 to 1.2 times as long, and its
-           GELU more. 16 bits without instructions for them are multiplied in fp32.
+           sums K in one chain, MKL in shorter ones: in fp32 the error of a layer is 1.4 to 1.7
+           times as large, some 1e-6 of its values. GELU or the residual is applied before y leaves
+           the cache. In fp32 without AVX-512, torch's own: oneDNN takes 1.0 to 1.2 times as long,
+           and more with GELU. 16-bit dtypes without CPU instructions are multiplied in fp32.
 Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over rows, dresidual = dy.
-           Products of torch in the dtype of x, dz rounded to it; with num_tokens, which torch's
-           cannot read, this kernel on W as it lies, and weight_gradient. Where act is GELU, z is
-           computed again instead of kept (gelu_gradient): one more product, a third of the largest
-           activation less.
+           torch's products in the dtype of x, dz rounded to it; with num_tokens, which those
+           cannot read, this kernel on W transposed in place, and weight_gradient. With GELU, z is
+           recomputed instead of stored (gelu_gradient): one more product, and z, as large as any
+           activation of a layer, is not stored.
 Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The kernel is the plain
-           tiled product: a program for each tile of y, its K loop pipelined by the compiler. For
-           many tiles, where there are tensor descriptors, its persistent form: a program for each
-           place on the GPU, which takes tile after tile.
+           tiled GEMM: a program for each tile of y, its K loop pipelined by the compiler. For many
+           tiles, on GPUs with tensor descriptors, its persistent form: as many programs as the GPU
+           holds, each of which takes tile after tile.
 """
 
 import functools
@@ -64,7 +64,7 @@ def _accumulate(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc and the products of the step of BLOCK_K that starts at start_k."""
+    """acc plus the products of the K step [start_k, start_k + BLOCK_K)."""
     offs_k = start_k + tl.arange(0, BLOCK_K)
     x_ptrs += offs_k[None, :]
     if BY_COLUMNS:
@@ -79,8 +79,8 @@ def _accumulate(
         x = tl.load(x_ptrs)
         weight = tl.load(weight_ptrs)
     if x.dtype == tl.float32 and PRECISION == "ieee":
-        # One chain over all of K would err several times as far as a sum of sums. fma, as Triton
-        # makes one chain of a dot and an addition.
+        # One chain over all of K would err several times as much as a sum of partial sums. The fma
+        # keeps them apart: Triton fuses a dot and an addition into one chain.
         return tl.fma(tl.dot(x, weight, input_precision=PRECISION), 1.0, acc)
     x, weight = factor_of(x, PRECISION), factor_of(weight, PRECISION)
     return tl.dot(x, weight, acc, input_precision=PRECISION)
@@ -89,7 +89,7 @@ def _accumulate(
 @triton.jit
 def product(
     x_ptr, weight_ptr, stride_xt,
-    stride_w,  # between rows of weight, or by columns between those
+    stride_w,  # between rows of weight; if BY_COLUMNS, between its columns
     start_m, start_n,
     rows, N, K,
     PRECISION: tl.constexpr,
@@ -98,7 +98,7 @@ def product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """The tile of x W^T in fp32 [BLOCK_M, BLOCK_N] that starts at (start_m, start_n)."""
-    # Rows past the end stand for the last one: no mask in the loop, and nothing past it is read.
+    # Rows past the end are clamped to the last: no mask in the loop, and nothing past it is read.
     rows_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), rows - 1).to(tl.int64)
     x_ptrs = x_ptr + rows_m[:, None] * stride_xt
     rows_n = start_n + tl.arange(0, BLOCK_N)
@@ -129,7 +129,7 @@ def _finish_half(
     TIMES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """All that follows the product, of half a tile of y, which starts at (start_m, start_n)."""
+    """The epilogue of half a tile of y, which starts at (start_m, start_n)."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -156,8 +156,8 @@ def _finish(
     TIMES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """All that follows the product, of the tile of y that starts at (start_m, start_n)."""
-    # In halves: all of residual at once would take the registers of a second program beside this.
+    """The epilogue of the tile of y that starts at (start_m, start_n)."""
+    # In halves: the whole residual at once would take the registers of a second program on the SM.
     left, right = y.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
     _finish_half(
         left, bias_ptr, residual_ptr, y_ptr, stride_rt,
@@ -186,8 +186,8 @@ def _forward_kernel(
     REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Program (m, n) takes tile (m, n) of y. Neighbours differ in n: a weight of BERT stays in L2,
-    and x comes from memory once."""
+    """Program (m, n) takes tile (m, n) of y. Neighbours differ in n: a BERT weight stays in L2, and
+    x is read from memory once."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     start_m = pid // blocks_n * BLOCK_M
@@ -210,7 +210,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
 def _persistent_kernel(
     x,  # descriptor of [T, K] in tiles of [BLOCK_M, BLOCK_K]
-    weight,  # descriptor of [N, K] in tiles of [BLOCK_N, BLOCK_K]; by columns, of both turned round
+    weight,  # descriptor of [N, K] in tiles of [BLOCK_N, BLOCK_K]; if BY_COLUMNS, both transposed
     bias_ptr, residual_ptr, num_tokens_ptr, y_ptr,  # as above
     stride_rt,
     T, N, K,
@@ -220,13 +220,13 @@ def _persistent_kernel(
     BY_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Program n takes tiles n, n + programs, ... of y, in the order above. Loads of the next one
-    are under way while this one is finished. Past the ends of x and weight descriptors load zeros;
-    rows that they load past num_tokens are not stored."""
+    """Program n takes tiles n, n + programs, ... of y, in the order above. The loads of the next
+    tile overlap the epilogue of this one. Past the ends of x and weight, descriptors load zeros;
+    rows loaded past num_tokens are not stored."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     rows = T
     if num_tokens_ptr is not None:
-        rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # descriptors take no other
+        rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # as descriptors require
     tiles = tl.cdiv(rows, BLOCK_M) * blocks_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         start_m = tile // blocks_n * BLOCK_M
@@ -250,15 +250,15 @@ def _forms(arch, itemsize, precision, persistent=True):
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), small tiles first. None spills on sm_80, sm_90 or
     gfx942.
 
-    The last is for large batches. That of 256 columns is for persistent programs, where it is ahead
-    on an H200; of programs for one tile that of 128 is, as two of them hide each other's ends.
-    sm_80 has fewer products to feed. Small tiles wait for each step over K, and take longer ones.
+    The last is for large batches; that of 256 columns is for persistent programs alone: without
+    persistence two programs of 128 columns share an SM and hide each other's epilogues. sm_80 has
+    less tensor core throughput to feed. Small tiles wait at each K step, so their steps are longer.
 
-    64 rows at least: fewer take another instruction on sm_90, whose sums may round otherwise. For
-    the same reason 32 columns on AMD, and one BLOCK_K. TF32 has the tiles of 16 bits, of half as
-    many columns.
+    At least 64 rows: fewer use another instruction on sm_90, whose sums may round differently. For
+    the same reason tiles on AMD have at least 32 columns and a common BLOCK_K. TF32 uses the tiles
+    of 16 bits with half the BLOCK_K.
     """
-    if launch.is_exact(itemsize, precision):  # each thread holds operands
+    if launch.is_exact(itemsize, precision):  # operands are in registers
         small = ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
         if isinstance(arch, str):
             return small
@@ -275,31 +275,31 @@ def _forms(arch, itemsize, precision, persistent=True):
     return tuple((M, N, K * 2 // itemsize, *rest) for M, N, K, *rest in forms)
 
 
-# KiB of a multiprocessor; of others 99
+# KiB of shared memory per SM; 99 on other architectures
 SHARED = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, "gfx942": 64}
 
 
-@functools.lru_cache(1024)  # a launch comes here
+@functools.lru_cache(1024)  # every launch calls this
 def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
-    """The form that leaves the busiest multiprocessor the least to do; in the interpreter, which
-    pays for programs, the largest, or of exact fp32 one whose halves are no squares, so that sides
-    which are mistaken for each other show."""
+    """The form with the least work for the busiest SM. In the interpreter, where each program is
+    costly, the largest; in exact fp32 one whose halves are not square, so that swapped sides show.
+    """
     forms = _forms(arch, itemsize, precision, persistent=parts == 1)
     if launch.INTERPRET:
         return forms[1 if launch.is_exact(itemsize, precision) else -1]
-    # Each row and column of a tile costs as much as so many of its products. Fitted to what `check
-    # aot` predicts for base and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
+    # The cost of a tile's row or column, in products. Fitted to what `check aot` predicts for base
+    # and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
     from_shared = launch.multiplies_from_shared_memory(arch)
     edge = 67 if from_shared and not launch.is_exact(itemsize, precision) else 34
 
     def work(form):
         M, N_, K, warps, stages = form
         share = ceil_div(T, M) * parts * ceil_div(N, N_) / multiprocessors
-        # Of four warps several programs run beside each other, where there is memory for two. What
-        # other tensor cores multiply is in registers, and one step less is in memory.
+        # Programs of four warps share an SM if shared memory holds two. Where operands are in
+        # registers instead, shared memory holds one stage less.
         shared = (stages if from_shared else stages - 1) * (M + N_) * K * itemsize
-        beside = warps == 4 and 2 * shared <= SHARED.get(arch, 99) << 10
-        rounds = max(share, 1) if beside else math.ceil(share)
+        co_resident = warps == 4 and 2 * shared <= SHARED.get(arch, 99) << 10
+        rounds = max(share, 1) if co_resident else math.ceil(share)
         return rounds * max(M * N_, edge * (M + N_))
 
     return min(forms, key=work)
@@ -312,8 +312,8 @@ def tile_of(T, N, itemsize, precision, arch, multiprocessors, parts=1):
 
 
 def _config(T, N, K, itemsize, precision, arch, multiprocessors, op="linear"):
-    """The tile and whether programs persist, or what was measured. On an H200 they take 3 to 16 %
-    less time where there are many tiles; in TF32 they have not been measured."""
+    """The tile and whether programs persist, or the tuned table's entry. On an H200 persistent
+    programs take 9 to 16 % less time at 16,384 rows; in TF32 they have not been measured."""
     tile = tile_of(T, N, itemsize, precision, arch, multiprocessors)
     large = launch.multiplies_from_shared_memory(arch) and itemsize == 2 and tile["BLOCK_M"] == 128
     config = {"PERSISTENT": int(large), **tile}
@@ -322,8 +322,8 @@ def _config(T, N, K, itemsize, precision, arch, multiprocessors, op="linear"):
 
 
 def _describable(arch, exact, *rows):
-    """Whether the GPU has tensor descriptors, and they can be of each (t [.., K], stride of rows).
-    Exact products of fp32 spill in this form."""
+    """Whether the GPU has tensor descriptors that can describe each (t [.., K], stride of rows).
+    Exact fp32 products spill in this form."""
     has = launch.INTERPRET or (isinstance(arch, int) and arch >= 90)
     return has and not exact and all(
         t.data_ptr() % 16 == 0 and stride * t.itemsize % 16 == 0 and stride >= t.shape[1] > 0
@@ -332,7 +332,7 @@ def _describable(arch, exact, *rows):
 
 
 def _places(arch, multiprocessors, itemsize, BLOCK_M, BLOCK_N, BLOCK_K, num_stages, **_):
-    """How many persistent programs a GPU holds; in the interpreter so few that each has several
+    """How many persistent programs a GPU holds; in the interpreter few, so that each has several
     tiles."""
     if launch.INTERPRET:
         return 2
@@ -340,17 +340,18 @@ def _places(arch, multiprocessors, itemsize, BLOCK_M, BLOCK_N, BLOCK_K, num_stag
     return multiprocessors * min(max((SHARED.get(arch, 99) << 10) // shared, 1), 2)
 
 
-COLUMNS_FROM = 512  # rows of x that make up for the copy of a weight
+COLUMNS_FROM = 512  # rows of x from which transposing the weight pays
 
 
 def by_columns(T, precision, BLOCK_N, *weights):
-    """(weights, stride, whether by columns) of weights [N, K] for a product with T rows, all alike.
+    """(weights, stride, whether by columns) for a product with T rows; weights [N, K] are alike.
 
-    By columns they are [K, N], with room up to whole tiles, which is read, and no matter what it
-    holds. Those that lie so stay so: a gradient's weight is that of its forward, transposed. Exact
-    products of fp32 want it on NVIDIA's GPUs: their threads share a row of x, and each reads other
-    columns of weight. As rows of shared memory these lie in one and the same bank, as the compiled
-    layouts say; an H200 took 3.5 times as long as cuBLAS so. By columns: not yet measured."""
+    By columns means stored as [K, N], padded to whole tiles; the padding is read, and its contents
+    do not matter. Weights stored that way are used in place: a gradient's weight is its forward's,
+    transposed. Exact fp32 on NVIDIA GPUs needs this layout: threads share a row of x, and each
+    reads other columns of weight, which in row-major shared memory are all in one bank, as the
+    compiled layouts show; on an H200 that took 3.5 times as long as cuBLAS. By columns has not
+    been measured yet."""
     first = weights[0]
     N, K = first.shape
     columns = ceil_div(N, BLOCK_N) * BLOCK_N
@@ -371,14 +372,14 @@ def _lies_by_columns(weight):
 
 
 def _forward(y, x, weight, bias, activation, residual, num_tokens):
-    # The error of 16 bits' own form is less than rounding; next to a residual that cancels, more.
+    # The polynomial's error is below 16-bit rounding, but not after a residual that cancels.
     form = act_of(x.dtype) if residual is None else gelu_erf
     launch_product(y, x, weight, bias, form if activation else None, residual, num_tokens)
 
 
 def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False, op="linear"):
-    """y = act(x W^T + bias), and residual is added, or if times multiplied. The configuration is that
-    of op: an epilogue that takes as long as the product wants another one."""
+    """y = act(x W^T + bias) + residual; if times, the residual is multiplied instead. The
+    configuration is that of op, as an epilogue as long as the GEMM wants another one."""
     x, stride_xt = launch.rows(x)
     residual, stride_rt = launch.rows(residual)
     (T, K), N = x.shape, weight.shape[0]
@@ -391,18 +392,19 @@ def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False, o
     bias = None if bias is None else bias.contiguous()
     tiles = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
     exact = launch.is_exact(x.itemsize, precision)
-    turned = _lies_by_columns(weight)
-    stored, stride_w = launch.rows(weight.mT if turned else weight)
+    transposed = _lies_by_columns(weight)
+    stored, stride_w = launch.rows(weight.mT if transposed else weight)
     if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (stored, stride_w)):
         M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+        weight_tile = (K_, N_) if transposed else (N_, K_)
         launch.start(
             _persistent_kernel, min(tiles, _places(*gpu, x.itemsize, **config)),
             TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
-            TensorDescriptor(stored, stored.shape, (stride_w, 1), (K_, N_) if turned else (N_, K_)),
-            bias, residual, num_tokens, y, stride_rt, T, N, K, BY_COLUMNS=turned, **shared,
+            TensorDescriptor(stored, stored.shape, (stride_w, 1), weight_tile),
+            bias, residual, num_tokens, y, stride_rt, T, N, K, BY_COLUMNS=transposed, **shared,
         )  # fmt: skip
     elif tiles:
-        weight = stored.mT if turned else stored
+        weight = stored.mT if transposed else stored
         (weight,), stride_w, is_by_columns = by_columns(T, precision, config["BLOCK_N"], weight)
         launch.start(
             _forward_kernel, tiles,
@@ -413,7 +415,7 @@ def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False, o
 
 def _find_products():
     """oneDNN's product in this torch, and the one that adds a tensor, or None and None. Their names
-    are private to torch, so they are tried out."""
+    are private to torch, so they are tested."""
     try:
         ops = torch.ops.mkldnn._linear_pointwise
         x = torch.ones(2, 8, dtype=torch.float32, device="cpu")
@@ -425,15 +427,15 @@ def _find_products():
     return None, None
 
 
-SMALL = 2**14  # elements of a weight for which oneDNN's 10 us a call are more than MKL needs
+SMALL = 2**14  # elements; for smaller weights oneDNN's 10 us per call exceed MKL's whole time
 
-ROWS = 64  # of x, that a layout is chosen for; it suits any number of them
+ROWS = 64  # of x, for which oneDNN chooses a layout; it works for any number of rows
 
-SHORT = 48  # rows up to which MKL's time on Intel's leaps from shape to shape, by a factor of four
+SHORT = 48  # rows; up to here MKL's time on Intel varies by a factor of four between shapes
 
-FEW = 24  # rows for which oneDNN in its own layout is ahead of MKL without AVX-512
+FEW = 24  # rows; up to here oneDNN in its own layout beats MKL without AVX-512
 
-EMULATED = 16  # rows of bf16 that oneDNN is ahead with, where it has no instructions for them
+EMULATED = 16  # rows; up to here oneDNN's emulated bf16 beats fp32
 
 _product, _product_and_add = _find_products()
 _reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None) if _product else None
@@ -441,9 +443,8 @@ ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _onednn_leads(x, alone=False):
-    """Whether oneDNN is ahead of torch's own product of x [T, K]; alone says that nothing follows
-    it, for which oneDNN would spare a pass. In fp32 it is behind without AVX-512, and behind MKL
-    with it."""
+    """Whether oneDNN beats torch's own product of x [T, K]; alone: there is no epilogue to fuse,
+    which would save a pass. In fp32 it loses without AVX-512; with it, to MKL on Intel if alone."""
     return x.itemsize == 2 or (
         launch.AVX512 and not (launch.INTEL and alone and len(x) > SHORT)
     )
@@ -457,7 +458,7 @@ def onednn_takes(x, weight, residual, activation=None, prepacked=False):
         and x.dtype in ONEDNN_DTYPES
         and launch.cpu_multiplies(x.dtype, len(x) <= EMULATED)
         and weight.numel() >= SMALL
-        and all(t.is_contiguous() for t in tensors)  # another layout is a thousand times slower
+        and all(t.is_contiguous() for t in tensors)  # other layouts are a thousand times slower
         and torch.backends.mkldnn.enabled
     )
 
@@ -469,7 +470,7 @@ def _plain(x, weight, bias, activation, residual, num_tokens):
 
 
 def plain_rows(x, weight, bias, activation, residual):
-    both = activation and residual is not None  # oneDNN takes one of them with its product
+    both = activation and residual is not None  # oneDNN fuses only one of them
     if onednn_takes(x, weight, residual, activation) and not (both and x.itemsize == 2):
         return _onednn(x, weight, bias, activation, residual)
     further = activation or residual is not None
@@ -495,8 +496,8 @@ def _onednn(x, weight, bias, activation, residual):
 
 
 def prepack(weight):
-    """weight [N, K] in the layout that oneDNN computes in, in fp32 where linear would compute in
-    fp32, for prepacked_linear; None where oneDNN does not take it."""
+    """weight [N, K] in oneDNN's layout for prepacked_linear, in fp32 where linear would compute in
+    fp32; None where oneDNN does not take it."""
     (weight,) = launch.for_products(weight)
     if _reorder is None or not onednn_takes(weight[:1], weight, None, prepacked=True):
         return None
@@ -504,7 +505,7 @@ def prepack(weight):
 
 
 def takes_prepacked(x):
-    """Whether prepacked_linear is for x [T, K]."""
+    """Whether to use prepacked_linear for x [T, K]."""
     return (
         type(x) is torch.Tensor
         and x.device.type == "cpu"
@@ -516,8 +517,8 @@ def takes_prepacked(x):
 
 
 def prepacked_linear(x, packed, bias, activation=None, residual=None):
-    """linear(x, weight, bias, activation, residual) of packed = prepack(weight), without gradients,
-    with an activation or a residual, not both."""
+    """linear(x, weight, bias, activation, residual) with packed = prepack(weight), without
+    gradients; at most one of activation and residual."""
     residual = None if residual is None else residual.contiguous()
     wide_x, bias, residual = launch.for_products(x.contiguous(), bias, residual)
     return _onednn(wide_x, packed, bias, activation, residual).to(x.dtype)
@@ -531,11 +532,11 @@ def _matmul(a, b):
 def product_gradients(
     dz, x, weight, num_tokens=None, residual=None, needs_x=True, needs_weight=True
 ):
-    """(dx, dweight, dbias) of z = x W^T + b; residual, what x gets by another way, is part of dx.
-    Rows of dx past num_tokens are whatever they are. What is not needed is empty."""
+    """(dx, dweight, dbias) of z = x W^T + b; residual, a gradient of x from another path, is added
+    to dx. Rows of dx past num_tokens are undefined. Gradients that are not needed are empty."""
     dx = dweight = x.new_empty(0)
     if needs_x:
-        # Under autocast a residual may be wider. A CPU takes longer for both at once.
+        # Under autocast a residual may be wider. On a CPU the fused form is slower.
         wide = residual is not None and (residual.dtype != dz.dtype or dz.device.type == "cpu")
         added = None if wide else residual
         if num_tokens is not None:
@@ -581,8 +582,8 @@ _linear_backward = launch.define_plain(
 
 
 def linear_backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight):
-    """(dx, dweight, dbias) of linear; what is not needed is empty, but for dbias."""
-    # The op is for torch.compile, which is to see none of it, and against autocast.
+    """(dx, dweight, dbias) of linear; those not needed are empty, except dbias."""
+    # The op hides this from torch.compile, and from autocast.
     hides = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
     backward = _linear_backward if hides or num_tokens is not None else _plain_backward
     return backward(dy, x, weight, bias, activation, num_tokens, needs_x, needs_weight)
@@ -613,8 +614,8 @@ class _Linear(torch.autograd.Function):
 
 # -- public op ------------------------------------------------------------------------------
 def check_product(op, x, weight, bias, num_tokens, **like_result):
-    """Raise ValueError unless they are x [T, K], weight [N, K] and bias [N] (or None) of one dtype,
-    and what is like the result, by name, [T, N] (or None)."""
+    """Raise ValueError unless x is [T, K], weight [N, K] and bias [N] (or None) in one dtype, and
+    each of like_result, by name, [T, N] (or None)."""
     if x.ndim != 2 or x.dtype not in DTYPES:
         raise ValueError(f"{op}: x must be fp32, fp16 or bf16 [T, K], got {show(x)}")
     launch.check_rows(op, x)
@@ -634,18 +635,18 @@ def check_product(op, x, weight, bias, num_tokens, **like_result):
 
 
 def linear(x, weight, bias=None, activation=None, residual=None, num_tokens=None):
-    """x W^T + bias, GELU of it if asked for, and residual added.
+    """x W^T + bias, then GELU if requested, then the residual added.
 
     x           [T, K], fp32, fp16 or bf16
     weight      [N, K], dtype of x
     bias        [N], dtype of x; None adds nothing
     activation  None, or "gelu": the exact-erf form
     residual    [T, N], dtype of x, added last; None adds nothing
-    num_tokens  [1] integer on the device of x: rows past it have no part in the result, and are not
-                written there; None takes all rows
+    num_tokens  [1] integer on the device of x: rows past it do not affect the result and are not
+                written in it; None takes all rows
 
     Returns [T, N] in the dtype of x, contiguous. Differentiable once, in x, weight, bias and
-    residual. Rows may lie any even distance apart; an input laid out otherwise is copied first.
+    residual. Rows may have any constant stride; an input laid out otherwise is copied first.
     Raises ValueError for any other shape, dtype or activation.
     """
     if activation not in (None, "gelu"):
@@ -702,23 +703,23 @@ SPEC = Spec(
     inputs=_inputs,
     cost=_cost,
     cases=(
-        {"T": 128, "K": 130, "N": 72, "residual": True},  # rows past these have their own tiles
-        {"T": 37, "K": 96, "N": 136, "gelu": True},  # columns of tiles go past the rows
-        {"T": 131, "K": 128, "N": 130, "residual": True},  # tiles of three rows, of two columns
+        {"T": 128, "K": 130, "N": 72, "residual": True},  # further rows are in tiles of their own
+        {"T": 37, "K": 96, "N": 136, "gelu": True},  # column indices exceed the number of rows
+        {"T": 131, "K": 128, "N": 130, "residual": True},  # edge tiles of three rows, two columns
         {"T": 257, "K": 16, "N": 257, "bias": False},
-        {"T": 513, "K": 70, "N": 21},  # enough for a weight by columns
-        {"T": 67, "K": 72, "N": 256, "by_columns": True, "residual": True},  # which is not copied
+        {"T": 513, "K": 70, "N": 21},  # enough rows for a weight by columns
+        {"T": 67, "K": 72, "N": 256, "by_columns": True, "residual": True},  # used in place
         {"T": 9, "K": 40, "N": 24, "gelu": True, "residual": True, "bias": False},
         {"T": 3, "K": 3072, "N": 7},
         {"T": 1, "K": 1, "N": 1},
         {"T": 0, "K": 128, "N": 128},
-        {"T": 37, "K": 128, "N": 192},  # enough for oneDNN, as are the next
+        {"T": 37, "K": 128, "N": 192},  # large enough for oneDNN, as are the next two
         {"T": 21, "K": 192, "N": 128, "gelu": True},
         {"T": 21, "K": 192, "N": 128, "residual": True},
         {"T": 6, "K": 64, "N": 64, "gelu": True, "scale": 100.0},  # saturated
         {
             "T": 16, "K": 8, "N": 64, "gelu": True, "residual": True, "bias": False, "scale": 0.1
-        },  # they cancel here and there
+        },  # GELU and residual cancel in places
     ),
     fuzz=_fuzz,
     whole={"T": 256, "K": 256, "N": 128, "gelu": True, "residual": True},

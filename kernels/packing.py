@@ -1,16 +1,16 @@
-"""Packing: which positions of a padded batch hold tokens, and the way back.
+"""Packing: which positions of a padded batch hold tokens, and the inverse.
 
     packed  row t of T is position row_index[t] of the B * S positions of the batch
     padded  position r is row packed_row[r], or holds no token where that is -1
 
-Shapes     attention_mask [B, S]; a token is where it is not zero, wherever that is in its row.
+Shapes     attention_mask [B, S]; a token is where it is not zero, anywhere in its row.
            row_index [B * S], zeros from T on; packed_row [B, S];
-           cu_seqlens [B + 1] as attention takes it. T = cu_seqlens[B].
+           cu_seqlens [B + 1], non-decreasing, as attention takes it. T = cu_seqlens[B].
 Precision  unpack copies bits.
-Backward   unpack: the gradient of row t is that of its position, zeros for rows past T.
+Backward   unpack: the gradient of row t is that of its position; zeros for rows past T.
 Source     Zeng et al., Boosting Distributed Training Performance of the Unpadded BERT Model, 2022.
 
-Everything stays on the device: T is never asked for, so nothing waits for the GPU.
+Everything stays on the device: T is never read on the host, so nothing waits for the GPU.
 """
 
 from typing import NamedTuple
@@ -181,7 +181,7 @@ def _plain_unpack(x, packed_row):
 
 def _plain_unpack_backward(dy, packed_row, T):
     row = packed_row.flatten().long()
-    dx = dy.new_zeros(T + 1, dy.shape[-1])  # the last row takes what no token sends
+    dx = dy.new_zeros(T + 1, dy.shape[-1])  # the last row collects gradients of padding
     dx.index_copy_(0, torch.where(row < 0, T, row), dy.reshape(len(row), dy.shape[-1]))
     return dx[:T].contiguous()
 
@@ -243,7 +243,7 @@ def pack(attention_mask):
 
 
 def unpack(x, packed_row):
-    """Rows back at their positions, zeros where there is no token.
+    """Puts rows back at their positions, with zeros where there is no token.
 
     x           [T, N], fp32, fp16 or bf16; rows that packed_row does not name are not read
     packed_row  int32[B, S] of `pack`
@@ -262,8 +262,8 @@ def unpack(x, packed_row):
 
 # -- specs ----------------------------------------------------------------------------------
 def ragged_mask(lengths, S, device, dtype=torch.int64):
-    """dtype[B, S] with lengths[b] tokens in row b; of a negative length, the last -lengths[b];
-    of None, every third position. A number of lengths is that many rows without padding."""
+    """dtype[B, S] with lengths[b] tokens in row b; a negative length means the last -lengths[b]
+    positions, None every third. If lengths is a number, that many rows without padding."""
     if isinstance(lengths, int):
         return torch.ones(lengths, S, dtype=dtype, device=device)
     position = torch.arange(S, device=device)

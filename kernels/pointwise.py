@@ -1,22 +1,22 @@
-"""What two ops do to loaded values, in fp32 whatever these came from."""
+"""Math on loaded values that several ops share, in fp32 whatever dtype these were loaded from."""
 
 from .launch import tl, triton
 
 
 @triton.jit
 def factor_of(t, PRECISION: tl.constexpr):
-    """t as a tl.dot of that input_precision is to take it. Tensor cores cut the last 13 bits of
-    what they multiply in TF32, always towards zero: over twelve layers four times the error of
-    rounding to the nearest, halves away from zero, as here."""
+    """t as an operand of a tl.dot with that input_precision. In TF32 tensor cores truncate the last
+    13 bits of their operands, always towards zero, which over twelve layers gives four times the
+    error of rounding to nearest, ties away from zero, as here."""
     if PRECISION == "tf32":
         nearest = (t.to(tl.int32, bitcast=True) + 0x1000 & -0x2000).to(tl.float32, bitcast=True)
-        t = tl.where(t == t, nearest, float("nan"))  # of which it might make a number
+        t = tl.where(t == t, nearest, float("nan"))  # NaN might become a number
     return t
 
 
 @triton.jit
 def gelu_erf(z):
-    """z * Phi(z), for results in fp32: a relative error of some 1e-7 as far as 1 + erf has one."""
+    """z * Phi(z), for results in fp32: relative error of some 1e-7, as far as 1 + erf has it."""
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
@@ -48,11 +48,11 @@ def _density(z):
 
 @triton.jit
 def gelu_exp2(z):
-    """z * Phi(z), for results of 16 bits: off by at most 1.4e-6, and by less than rounding to fp16
-    is: 0.7 times half an ulp and 6e-8.
+    """z * Phi(z), for 16-bit results: off by at most 1.4e-6, and by less than rounding to fp16:
+    0.7 times half an ulp and 6e-8.
 
     max(z, 0) - |z| Phi(-|z|), where log2 of Phi(-a) is a polynomial: a dozen instructions, a third
-    of erf's. Its coefficients are fitted to the error of the whole over what rounding leaves.
+    of erf's. The coefficients minimise the error of the whole relative to the rounding error.
     """
     a = tl.abs(z)
     p = -0.00040682035 * a + 0.0066143439

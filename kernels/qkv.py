@@ -3,14 +3,14 @@
     y_i = x W_i^T + b_i        i = 0, 1, 2: query, key, value
 
 Shapes     x [T, K], each weight [N, K], each bias [N]; y [T, 3, N], in memory [3, T, N].
-Precision  As linear's. A number of y has the bits that linear gives it.
-Batches    As linear's.
-CPU        Three products of linear's.
+Precision  As linear; y has the bits that linear gives.
+Batches    As linear.
+CPU        Three of linear's products.
 Backward   dx = sum over i of dy_i W_i, as one product over 3 N; dW_i = dy_i^T x, db_i = sum of dy_i
-           over rows. As linear's, of the three weights one below the other.
+           over rows. Computed as linear's, on the three weights stacked.
 Source     Vaswani et al., Attention Is All You Need, 2017, section 3.2.2. Checkpoints have three
-           weights; side by side in one tensor they would be a copy, which ages, or parameters that
-           share a storage, which tools that save them take for one.
+           weights; one stacked tensor would be a copy, which goes stale, or parameters that share
+           a storage, which tools that save them take for one.
 """
 
 import torch
@@ -55,8 +55,8 @@ def _forward_kernel(
     REST: tl.constexpr,  # whether K is no multiple of BLOCK_K
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Program (m, i, n) takes tile (m, n) of y_i. Neighbours differ in n, then in i: x comes from
-    memory once."""
+    """Program (m, i, n) takes tile (m, n) of y_i. Neighbours differ in n, then in i: x is read
+    from memory once."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     start_m = pid // (3 * blocks_n) * BLOCK_M
@@ -112,7 +112,7 @@ def _forward(y, x, qw, qb, kw, kb, vw, vb, num_tokens):
 
 def _plain(x, qw, qb, kw, kb, vw, vb, num_tokens):
     parts = (qw, qb), (kw, kb), (vw, vb)
-    if torch.is_grad_enabled():  # the bare op of an exported program, which autograd looks into
+    if torch.is_grad_enabled():  # the bare op of an exported program, which autograd traces into
         (tokens,) = launch.head(num_tokens, x)
         y = torch.stack([plain_rows(tokens, *part, None, None) for part in parts])
         return F.pad(y, (0, 0, 0, x.shape[0] - y.shape[1])).transpose(0, 1)
@@ -128,7 +128,7 @@ def _plain(x, qw, qb, kw, kb, vw, vb, num_tokens):
 
 # -- registration ---------------------------------------------------------------------------
 def _empty(x, weight, *_):
-    """Each y_i is contiguous: three products of a CPU take as long as one so, and not else."""
+    """Each y_i is contiguous: only then do three products on a CPU take as long as one."""
     T, N = x.shape[0], weight.shape[0]
     return x.new_empty_strided((T, 3, N), (N, T * N, 1))
 
@@ -167,16 +167,16 @@ class _QKV(torch.autograd.Function):
 def qkv(
     x, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, num_tokens=None
 ):
-    """The products of x with three weights, side by side.
+    """The products of x with three weights, stacked.
 
     x             [T, K], fp32, fp16 or bf16
     query_weight, key_weight, value_weight   [N, K], dtype of x
     query_bias, key_bias, value_bias         [N], dtype of x
-    num_tokens    [1] integer on the device of x: rows past it have no part in the result, and are
-                  not written there; None takes all rows
+    num_tokens    [1] integer on the device of x: rows past it do not affect the result and are not
+                  written in it; None takes all rows
 
     Returns y [T, 3, N] in the dtype of x; y[:, i] is contiguous. Differentiable once, in all but
-    num_tokens. Rows of x may lie any even distance apart; an input laid out otherwise is copied
+    num_tokens. Rows of x may have any constant stride; an input laid out otherwise is copied
     first. Raises ValueError for any other shape or dtype.
     """
     if x.ndim != 2 or x.dtype not in DTYPES:
@@ -237,13 +237,13 @@ SPEC = Spec(
     cost=_cost,
     cases=(
         {"T": 128, "K": 130, "N": 72},
-        {"T": 37, "K": 96, "N": 136},  # columns of tiles go past the rows
-        {"T": 131, "K": 16, "N": 130},  # tiles of three rows, of two columns
-        {"T": 513, "K": 70, "N": 21},  # enough for weights by columns
+        {"T": 37, "K": 96, "N": 136},  # column indices exceed the number of rows
+        {"T": 131, "K": 16, "N": 130},  # edge tiles of three rows, two columns
+        {"T": 513, "K": 70, "N": 21},  # enough rows for weights by columns
         {"T": 3, "K": 1024, "N": 7},
         {"T": 1, "K": 1, "N": 1},
         {"T": 0, "K": 128, "N": 128},
-        {"T": 37, "K": 128, "N": 128},  # enough for oneDNN
+        {"T": 37, "K": 128, "N": 128},  # large enough for oneDNN
     ),
     fuzz=_fuzz,
     whole={"T": 128, "K": 256, "N": 128},

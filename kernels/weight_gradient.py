@@ -2,12 +2,12 @@
 
 Shapes     dy [T, N], x [T, K]; dweight [N, K], dbias [N].
 Precision  Sums in fp32, rounded once to the dtype of x. fp32 products as in linear.
-Batches    Rows are shared out among programs that each add up some, then their sums are added: in
-           an order that hangs on nothing but shapes and the GPU, so two runs give the same bits.
-           With num_tokens nothing waits for the number of rows: a step can be recorded in a graph.
-           Where it is known on the host, linear's backward takes torch's products.
-Source     The plain tiled product over rows, cut in parts (split-K), as N x K alone are too few
-           tiles for a GPU: 36 of 128 x 128 for a weight of 768 x 768.
+Batches    Rows are split among programs, whose partial sums are then added, in an order that
+           depends only on shapes and the GPU, so two runs give the same bits. With num_tokens
+           nothing waits for the number of rows: a step can be recorded in a graph. Where it is
+           known on the host, linear's backward uses torch's products.
+Source     The plain tiled GEMM with its rows, the K of this product, split (split-K), as N x K
+           alone are too few tiles for a GPU: 36 of 128 x 128 for a weight of 768 x 768.
 """
 
 import functools
@@ -60,7 +60,7 @@ def _product_kernel(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """Program (part, n, k + 1) adds up tile (n, k) of dweight over the rows of a part, program
+    """Program (part, n, k + 1) sums tile (n, k) of dweight over the rows of a part, program
     (part, n, 0) tile n of dbias."""
     blocks_k = tl.cdiv(K, BLOCK_K)
     tiles = tl.cdiv(N, BLOCK_N) * (blocks_k + 1)
@@ -74,7 +74,7 @@ def _product_kernel(
     start = part * share
     end = tl.minimum(start + share, rows)
     offs_n = tile // (blocks_k + 1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offset = part.to(tl.int64) * stride_part  # as are rows of dweight: they may pass 2^31
+    offset = part.to(tl.int64) * stride_part  # int64, like rows of dweight: may pass 2^31
 
     if k >= 0:
         offs_k = k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -82,7 +82,7 @@ def _product_kernel(
         for start_t in range(start, end, BLOCK_T):
             dy = tl.trans(_load_rows(dy_ptr, stride_dyt, start_t, end, offs_n, N, BLOCK_T))
             x = _load_rows(x_ptr, stride_xt, start_t, end, offs_k, K, BLOCK_T)
-            if x.dtype == tl.float32 and PRECISION == "ieee":  # sums of sums, as in linear
+            if x.dtype == tl.float32 and PRECISION == "ieee":  # partial sums, as in linear
                 acc = tl.fma(tl.dot(dy, x, input_precision=PRECISION), 1.0, acc)
             else:
                 dy, x = factor_of(dy, PRECISION), factor_of(x, PRECISION)
@@ -106,7 +106,7 @@ def _sum_kernel(
     parts, size, N,
     BLOCK: tl.constexpr,
 ):
-    """Program i takes numbers i * BLOCK and on of both, side by side."""
+    """Program i takes the elements from i * BLOCK on of both, concatenated."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # parts may pass 2^31
     mask = offs < size + N
     total = tl.zeros([BLOCK], tl.float32)
@@ -140,14 +140,14 @@ def _config(N, K, itemsize, precision):
 
 
 def _tiles(N, K, BLOCK_N, BLOCK_K):
-    """Of dweight, and those of dbias."""
+    """The number of tiles of dweight and dbias."""
     return ceil_div(N, BLOCK_N) * (ceil_div(K, BLOCK_K) + 1)
 
 
-@functools.lru_cache(1024)  # a launch comes here
+@functools.lru_cache(1024)  # every launch calls this
 def _parts(T, tiles, multiprocessors, BLOCK_T):
-    """In how many parts T rows are added up, for the least work of the busiest multiprocessor.
-    A part's sums are written and read again: on an H200, what the products of 437 rows take."""
+    """How many parts to split T rows into, for the least work of the busiest SM. Writing and
+    reading a part's sums costs as much as the products of 437 rows on an H200."""
     most = min(ceil_div(T, BLOCK_T), 16)
     if launch.INTERPRET:
         return max(min(most, 3), 1)
@@ -244,7 +244,7 @@ def _fuzz(rng):
 
 
 def _cost(itemsize, T, N, K, **_):
-    """With sums of parts in fp32, written and read; on an H100."""
+    """Includes writing and reading the parts' fp32 sums, on an H100."""
     BLOCK_N, BLOCK_K, BLOCK_T, *_ = _tile(itemsize, "ieee", 80 if launch.INTERPRET else 90)
     parts = _parts(T, _tiles(N, K, BLOCK_N, BLOCK_K), 132, BLOCK_T)
     size = (N * K + N) * (parts > 1)
@@ -260,7 +260,7 @@ SPEC = Spec(
     inputs=_inputs,
     cost=_cost,
     cases=(
-        {"T": 130, "N": 72, "K": 136},  # rows past these have their own tiles
+        {"T": 130, "N": 72, "K": 136},  # further rows are in tiles of their own
         {"T": 131, "N": 136, "K": 72, "num_tokens": 37},  # a part without rows
         {"T": 257, "N": 16, "K": 257, "num_tokens": 200},
         {"T": 65, "N": 257, "K": 21},
@@ -269,7 +269,7 @@ SPEC = Spec(
         {"T": 1, "N": 1, "K": 1},
         {"T": 0, "N": 64, "K": 64},
         {"T": 33, "N": 40, "K": 24, "num_tokens": 0},
-        {"T": 33, "N": 40, "K": 24, "num_tokens": 1000},  # which cannot be: all are tokens
+        {"T": 33, "N": 40, "K": 24, "num_tokens": 1000},  # out of range: all rows are tokens
     ),
     fuzz=_fuzz,
     whole={"T": 256, "N": 128, "K": 256},
