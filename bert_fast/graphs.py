@@ -139,26 +139,41 @@ class Graph:
             name: torch.zeros(B, S, *width, dtype=dtype, device=device)
             for name, dtype, width in bucket.inputs
         }
+        self._shape, self._views = None, {}
         self._write(inputs)
         return Inputs(attention_mask=self.mask, **self.inputs)
 
     def run(self, inputs):
         """last_hidden_state of a call [B, S, H], in a tensor that the caller owns."""
-        B, S = self._write(inputs)
+        shape = self._write(inputs)
         self.replay()
-        return self.last[:B, :S].clone(memory_format=torch.contiguous_format)
+        return self._view(shape, "last").clone(memory_format=torch.contiguous_format)
 
     def _write(self, inputs):
-        B, S = inputs.shape()
-        if (B, S) != self.mask.shape:
+        """The shape of the call, whose inputs are now where the recording reads them."""
+        shape = inputs.shape()
+        if shape != self._shape:
             self.mask.zero_()
+            self._shape = shape
         if inputs.attention_mask is None:
-            self.mask[:B, :S] = True
+            self._view(shape, "mask").fill_(True)
         else:
-            self.mask[:B, :S] = inputs.attention_mask
-        for name, t in self.inputs.items():
-            t[:B, :S] = getattr(inputs, name)
-        return B, S
+            self._view(shape, "mask").copy_(inputs.attention_mask)
+        for name in self.inputs:
+            self._view(shape, name).copy_(getattr(inputs, name))
+        return shape
+
+    def _view(self, shape, name):
+        """What a call of that shape has of a static tensor. Kept: to make one takes 3 us."""
+        view = self._views.get((shape, name))
+        if view is None:
+            if len(self._views) >= 64:  # shapes without end
+                self._views.clear()
+            B, S = shape
+            whole = self.inputs[name] if name in self.inputs else getattr(self, name)
+            with torch.inference_mode(False), torch.no_grad():  # else writable in inference only
+                view = self._views[shape, name] = whole[:B, :S]
+        return view
 
 
 def device_of(model):
