@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import masking_utils
 
 from bert_fast.kernels import SPECS, launch
 from bert_fast.kernels.launch import INTERPRET
@@ -578,6 +579,24 @@ def test_stock_as_a_graph_for_each_shape_gives_stock_s_hidden_states(lengths):
     assert len(recorded) == (2 if lengths.startswith("docstrings") else 1)
     masks = {run.keywords["attention_mask"] is None for run in recorded}
     assert masks == {lengths.startswith("full")}
+
+
+@pytest.mark.parametrize("lengths, masked", [("full-128x2", False), ("cola-128x3", True)])
+def test_stock_as_a_graph_has_no_mask_where_nothing_is_padded(lengths, masked, monkeypatch):
+    """Also where transformers takes capturing for tracing, and makes a mask of ones, as 5.17."""
+    monkeypatch.setattr(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *_, **__: False)
+    sdpa, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(q, k, v, attn_mask=None, **options):
+        seen.append(attn_mask is not None)
+        return sdpa(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    problem = tiny(model_workloads._batches, (), lengths).prepare()
+    seen.clear()
+    forward = contenders.graphed(problem, lambda run: (lambda: None, run()))
+    forward(**problem.timed[0])
+    assert seen == [masked] * TINY.layers
 
 
 def looped(q, k, v, cu_seqlens, _, longest, __):
