@@ -65,6 +65,21 @@ def test_committed_files_are_valid(path):
     result_schema.read(path)
 
 
+def test_rows_that_were_discarded_say_why_have_no_ratio_and_are_named():
+    named = (readme.RESULTS / "README.md").read_text()
+    for path in FILES:
+        found = result_schema.read(path)["rows"]
+        discarded = [row for row in found if row["status"] == "discarded"]
+        assert all(row["reason"] and row["ratio_median"] is None for row in discarded)
+        assert not discarded or f"| `{path.name}` | {len(discarded)}" in named
+
+
+def test_stock_as_a_graph_is_quoted_with_padding_alone_where_it_was_given_a_mask():
+    rows = result_schema.read(readme.RESULTS / "nvidia-h200-2026-11-27.json")["rows"]
+    graphed = [r for r in rows if r["contender"] == "stock sdpa, CUDA graphs" and r["median_s"]]
+    assert {(r["status"], r["fill"] == 1) for r in graphed} == {("ok", False), ("discarded", True)}
+
+
 def test_every_field_of_a_row_is_wanted_and_known():
     schema = result_schema.SCHEMA["$defs"]["row"]
     assert set(schema["required"]) == set(schema["properties"]) == set(result_schema.ROW)
