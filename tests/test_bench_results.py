@@ -29,7 +29,8 @@ def row(contender, ratio=None, spread=0.05, **options):
         "workload": "base full-128", "kind": "inference", "lengths": "full-128", "sequences": 32,
         "padded_to": 128, "fill": 1.0, "dtype": "float32", "contender": contender,
         "baseline": "stock sdpa", "median_s": median, "ratio_median": ratio, "ratio_ci": around,
-        "valid_tokens_per_s": ratio and 100.0 * ratio, "status": "ok", **options,
+        "valid_tokens_per_s": ratio and 100.0 * ratio, "status": "ok", "rounds": 6,
+        **options,
     }  # fmt: skip
 
 
@@ -391,7 +392,7 @@ def test_the_readme_has_what_is_asked_for_of_the_newest_file(house):
     saved(path.with_name("z-newer.json"), newer)
     printed = readme.summary(readme.newest(), [])
     name = newer["device"]["name"]
-    assert f"| {name} | float32 | base full-128 | 1.00 | 6.0" in printed
+    assert f"| {name} | float32 | base full-128x8 | 1.00 | 6.0" in printed  # by its whole name
     assert f"| {name} | float32 | base squad-384 | 0.50 | 4.0" in printed  # of the older one
     assert printed.count("full-128") == 1 and "odd" not in printed
 
@@ -407,3 +408,88 @@ def test_frozen_weights_have_a_column_where_they_were_measured(house):
     assert "| stock sdpa | ours frozen, over stock sdpa |" in printed
     assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 3.0 |" in printed
     assert "| base squad-384 | float32 | 0.50 | 4.0 (3.8 to 4.2) |  |" in printed
+
+
+def test_smoke_tests_are_not_printed(house):
+    _, path = house
+    quick = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00", "quick": True}
+    saved(path.with_name("z-newer.json"), quick)
+    assert [p.name for p, _ in readme.newest()] == [path.name]
+
+
+def test_pictures_stand_under_their_own_file():
+    pictures = [Path(f"cpu{part}-padding.svg") for part in ("", "-quiet")]
+    for path, picture in zip(("cpu.json", "cpu-quiet.json"), pictures, strict=True):
+        (shown,) = readme._pictures_of(Path(path), pictures, Path("README.md"))
+        assert shown.endswith(f"({picture})")
+
+
+@pytest.mark.parametrize("rounds, told", [(5, "2.0"), (6, "2.0 (1.9 to 2.1)"), (None, "2.0")])
+def test_fewer_than_six_rounds_have_no_interval(rounds, told):
+    assert readme._times(row("ours", 2.0, rounds=rounds)) == told
+
+
+@pytest.mark.parametrize("status", ["FAILED", "error"])
+def test_what_failed_is_printed_in_place_of_what_passed_before(status, house):
+    _, path = house
+    newer = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00"}
+    ours = row("ours", None, status=status, reason="RMS error 3")
+    newer["rows"] = [row("stock sdpa", 1.0), ours]
+    saved(path.with_name("z-newer.json"), newer)
+    printed = readme.summary(readme.newest(), [])
+    assert f"| float32 | base full-128 | 1.00 | {status} |  |" in printed
+    assert "| float32 | base squad-384 | 0.50 | 4.0" in printed
+    page = readme.everything(readme.newest(), [])
+    assert f"| base full-128 | float32 | 1.00 | {status}: RMS error 3 |  |" in page
+    again = json.loads(path.read_text()) | {"date": "2026-03-01T00:00:00+00:00"}
+    saved(path.with_name("zz-newest.json"), again)
+    assert [p.name for p, _ in readme.newest()] == ["zz-newest.json"]
+    assert f"1.00 | {status} |" not in readme.summary(readme.newest(), [])
+
+
+def on_gpu(path, date, stock, ours, rivals=(), full="base full-128"):
+    """A file of a GPU: seconds of stock and of ours for a full batch, and for one sequence."""
+    device = content()["device"] | {"type": "cuda", "name": "a GPU"}
+    rows, error = [], {"max": 2e-6, "rms": 1e-6}
+    for workload, sequences, n in ((full, 32, 0), ("base batch-1", 1, 1)):
+        same = {
+            "workload": workload, "lengths": workload.split()[1], "sequences": sequences,
+            "error": error, "baseline_error": error,
+        }  # fmt: skip
+        times = {"stock sdpa": stock[n], **(dict.fromkeys(rivals, 1.0) if n else {})}
+        for name, s in (times | {"ours": ours[n]}).items():
+            rows.append(row(name, stock[n] / s, **same) | {"median_s": s})
+    saved(path, content(*rows, device=device, date=f"{date}T00:00:00+00:00"))
+
+
+def test_a_ratio_to_a_baseline_that_waits_for_its_host_is_not_in_the_readme(house):
+    _, path = house
+    on_gpu(path, "2026-02-01", stock=(8.0, 5.7), ours=(6.4, 1.0))
+    on_gpu(path.with_name("z-slow-host.json"), "2026-02-02", stock=(9.4, 9.2), ours=(5.9, 1.0))
+    printed = readme.summary(readme.newest(), [])
+    assert "| a GPU | float32 | base full-128 | 1.00 | 1.2 (" in printed
+    page = readme.everything(readme.newest(), [])
+    assert "| base full-128 | float32 | 1.00 | 1.6 (1.5 to 1.7), host |" in page
+    assert "| base full-128 | float32 | 1.00 | 1.2 (1.2 to 1.3) |" in page
+    path.unlink()
+    assert "full-128" not in readme.summary(readme.newest(), [])
+
+
+def test_each_of_several_batches_is_compared_with_one_sequence(house):
+    """A call of `squad-384` goes through four."""
+    _, path = house
+    for stock, told in ((4 * 6.0, False), (4 * 7.0, True)):
+        on_gpu(path, "2026-02-01", (stock, 5.7), (4.0, 1.0), full="base squad-384")
+        assert ("squad-384" in readme.summary(readme.newest(), [])) == told
+
+
+def test_of_one_sequence_the_row_with_most_rivals_is_in_the_readme(house):
+    _, path = house
+    rivals = ("stock eager", "FlashAttention unpadded")
+    on_gpu(path, "2026-02-01", stock=(8.0, 5.0), ours=(4.0, 1.0), rivals=rivals)
+    on_gpu(path.with_name("newer.json"), "2026-02-02", stock=(8.0, 6.0), ours=(5.0, 1.0))
+    printed = readme.summary(readme.newest(), [])
+    assert "| a GPU | float32 | base batch-1 | 1.00 | 5.0 (" in printed
+    assert "| a GPU | float32 | base full-128 | 1.00 | 1.6 (" in printed  # of the newer one
+    on_gpu(path.with_name("z.json"), "2026-02-03", (8.0, 7.0), (5.0, 1.0), rivals)
+    assert "| base batch-1 | 1.00 | 7.0 (" in readme.summary(readme.newest(), [])
