@@ -328,10 +328,26 @@ def test_what_cannot_be_built_is_a_row_with_the_reason(error, status, reason):
     assert measured["other"]["ratio_median"] == 4.0
 
 
-def test_without_a_baseline_there_are_times_and_no_ratios():
-    broken = Contender("stock", raising(RuntimeError("broken")))
-    ours = rows_of(broken, contender("ours", [2.0]))["ours"]
-    assert (ours["status"], ours["median_s"], ours["ratio_median"]) == ("ok", 2.0, None)
+def test_without_a_baseline_there_are_times_no_ratios_and_nothing_is_ok():
+    """Nothing says how large an error may be: here it is 97."""
+    broken = Contender("stock", raising(torch.OutOfMemoryError("60 GiB")))
+    ours = rows_of(broken, contender("ours", [2.0], 98.0))["ours"]
+    assert (ours["status"], ours["reason"]) == ("error", rows.UNJUDGED)
+    assert (ours["median_s"], ours["ratio_median"], ours["valid_tokens_per_s"]) == (2.0, None, None)
+
+
+@pytest.mark.parametrize("result, status", [(1.0 + 2**-11, "ok"), (98.0, "FAILED")])
+def test_without_a_baseline_the_definition_judges(result, status):
+    broken = Contender("stock", raising(torch.OutOfMemoryError("60 GiB")))
+    definition = contender("definition", [9.0], 1.0 + 2**-10, gated=False)
+    ours = rows_of(definition, broken, contender("ours", [2.0], result))["ours"]
+    assert (ours["status"], ours["ratio_median"]) == (status, None)
+
+
+def test_a_baseline_that_is_not_timed_bounds_errors_all_the_same():
+    late = contender("stock", [4.0, MemoryError("no more")], 1.0 + 2**-10)
+    found = rows_of(late, contender("ours", [2.0]), contender("off", [2.0], 98.0))
+    assert [row["status"] for row in found.values()] == ["error", "ok", "FAILED"]
 
 
 def test_the_definition_is_there_for_its_error_and_not_timed():
