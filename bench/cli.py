@@ -63,7 +63,9 @@ def main(description):
     transformers.logging.disable_progress_bar()
     todo = _todo(options, parser.error)
     device = torch.device(options.device)
-    results = Results(options.output, device_of(device))
+    results = Results(
+        options.output, device_of(device), quick=options.quick, seconds=options.seconds
+    )
     dtypes = list(dict.fromkeys(item.precision for item, _, _ in todo))
     passed = run(results, todo, device, dtypes, options.budget, quick=options.quick)
     results.add(complete=True, passed=passed)

@@ -6,7 +6,6 @@ import torch
 from measure import Skip, interleave, noted, tf32
 from result_schema import ROW
 
-
 UNJUDGED = "not judged: the baseline has no result whose error would bound this one's"
 
 

@@ -127,9 +127,46 @@ def test_what_is_not_json_is_said(text, said, tmp_path):
 
 def test_a_result_that_is_not_valid_is_not_written(tmp_path):
     found = results.Results(tmp_path / "a.json", content()["device"])
+    found.add(rows=[row("stock sdpa", 1.0)])
     with pytest.raises(ValueError, match="median_s"):
-        found.add(rows=[row("ours", 2.0, median_s=float("nan"))])
-    assert result_schema.read(tmp_path / "a.json")["rows"] == []
+        found.add(rows=[row("ours", 2.0, dtype="tf32", median_s=float("nan"))])
+    assert len(result_schema.read(tmp_path / "a.json")["rows"]) == 1
+
+
+def test_an_earlier_file_stays_until_there_is_a_row(tmp_path):
+    path = saved(tmp_path / "a.json", content(row("ours", 2.0)))
+    found = results.Results(path, content()["device"], quick=True, seconds=3.0)
+    found.add(ceilings={"B": 1.0, "C": {}})
+    assert result_schema.read(path)["rows"][0]["ratio_median"] == 2.0
+    found.add(rows=[row("ours", 3.0)])
+    written = result_schema.read(path)
+    assert written["rows"][0]["ratio_median"] == 3.0
+    assert (written["quick"], written["seconds"], written["ceilings"]["B"]) == (True, 3.0, 1.0)
+
+
+def test_a_part_without_rows_is_written_at_once(tmp_path):
+    found = results.Results(tmp_path / "a.json", content()["device"], "sanitize")
+    found.add(sanitize=[])
+    assert result_schema.read(tmp_path / "a.json")["sanitize"] == []
+
+
+def test_what_a_run_depends_on_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "TABLES", tmp_path / "kernels" / "tuned")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "kernels" / "tuned").mkdir(parents=True)
+    op = saved(tmp_path / "kernels" / "op.py", "1")
+    device = content()["device"] | {"type": "cuda", "name": "NVIDIA H200"}
+    first = results.environment(device)
+    assert (first["OMP_WAIT_POLICY"], first["OMP_NUM_THREADS"]) == ("PASSIVE", None)
+    assert first["tuned"] is None
+    saved(tmp_path / "kernels" / "tuned" / "nvidia-h200.json", "{}")
+    tuned = results.environment(device)
+    assert tuned["tuned"] and tuned["sources"] == first["sources"]
+    assert results.environment(content()["device"])["tuned"] is None
+    saved(op, "2")
+    assert results.environment(device)["sources"] != first["sources"]
 
 
 def test_rows_take_the_place_of_those_of_the_same_workload_and_dtype():
