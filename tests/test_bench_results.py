@@ -234,16 +234,64 @@ def test_a_rival_that_gets_worse_is_shown_and_no_regression(
     assert f"{status} of ours worse" in said
 
 
-def test_without_a_ratio_now_there_is_nothing_to_compare():
-    """The baseline was wrong: times, but no ratio."""
-    before = [row("stock sdpa", 1.0, ci=[0.9, 1.1]), row("ours", 2.0)]
-    after = [row("stock sdpa", None, ci=[0.9, 1.1]), row("ours", None, ci=[0.4, 0.6])]
+@pytest.mark.parametrize(
+    "after, said",
+    [
+        ([row("ours", status="skipped", reason="would run the stock forward: hooks")], "hooks"),
+        ([], "has no row"),
+        ([row("ours", None, ci=[0.4, 0.6])], "has no ratio"),  # the baseline was wrong
+        ([row("ours", None, status="error", reason="not judged", sequences=None)], "not judged"),
+    ],
+)
+def test_ours_without_a_ratio_now_is_lost(after, said, tmp_path, capsys, monkeypatch):
+    a = saved(tmp_path / "a.json", content(row("stock sdpa", 1.0), row("ours", 2.0)))
+    b = saved(tmp_path / "b.json", content(row("stock sdpa", 1.0), *after))
+    status, told, _ = run(capsys, monkeypatch, "compare", a, b)
+    assert (status, said in told, "1 of ours worse" in told) == (1, True, True)
+    (found,) = comparison.changes(*(json.loads(path.read_text())["rows"] for path in (a, b)))
+    assert found["verdict"] == "lost"
+
+
+@pytest.mark.parametrize(
+    "reason", ["the budget of 9 s is used up", "takes minutes to build, and time is short",
+               "liger_kernel is not installed"],
+)  # fmt: skip
+def test_what_had_no_time_or_was_not_installed_is_no_regression(reason):
+    before = [row("stock sdpa", 1.0), row("ours", 2.0)]
+    after = [row("ours", status="skipped", reason=reason, sequences=None)]
     assert comparison.changes(before, after) == []
 
 
-def test_a_contender_that_is_skipped_now_is_no_regression():
-    before = [row("stock sdpa", 1.0), row("ours", 2.0)]
-    assert comparison.changes(before, [row("ours", status="skipped")]) == []
+def test_a_rival_that_is_not_there_or_skipped_and_a_discarded_row_are_not_compared():
+    before = [row("stock sdpa", 1.0), row("torch.compile", 2.0), row("ours", 2.0)]
+    after = [row("stock sdpa", 1.0), row("ours", status="discarded", reason="?")]
+    assert comparison.changes(before, after) == []
+    after[1:] = [row("ours", 2.0), row("torch.compile", status="skipped", reason="?")]
+    assert [c["contender"] for c in comparison.changes(before, after)] == ["ours"]
+
+
+@pytest.mark.parametrize("times, on, verdict", [(1.4, "a", "same"), (1.6, "a", "inexact"),
+                                                (1.6, "b", "same")])  # fmt: skip
+def test_a_larger_error_on_the_same_inputs_is_a_regression_at_any_speed(times, on, verdict):
+    rows = [
+        [row("stock sdpa", 1.0), row("ours", 2.0, error={"max": x, "rms": x}, error_on=on)]
+        for x, on in ((1e-6, "a"), (times * 1e-6, on))
+    ]
+    assert [c["verdict"] for c in comparison.changes(*rows)] == [verdict]
+    rows[1][1] |= {"ratio_median": 3.0, "ratio_ci": [2.9, 3.1]}
+    (found,) = comparison.changes(*rows)
+    assert found["verdict"] == ("inexact" if verdict == "inexact" else "faster")
+
+
+def test_what_fails_now_is_worse_also_if_it_had_no_ratio_before():
+    before = [row("stock sdpa", 1.0), row("ours", None)]
+    (found,) = comparison.changes(before, [row("ours", None, status="FAILED", reason="error 1")])
+    assert found["verdict"] == "FAILED"
+
+
+def test_other_numbers_of_sequences_are_not_compared():
+    before, after = ([row("stock sdpa", 1.0), row("ours", 2.0, sequences=n)] for n in (32, 4))
+    assert comparison.changes(before, after) == []
 
 
 def test_without_an_interval_of_the_ratio_those_of_the_times_are_taken():
@@ -254,11 +302,23 @@ def test_without_an_interval_of_the_ratio_those_of_the_times_are_taken():
 
 def test_another_device_and_other_versions_are_noted(tmp_path, capsys, monkeypatch):
     a, b = (content(row("stock sdpa", 1.0), row("ours", 2.0)) for _ in range(2))
-    b["device"]["name"], b["versions"]["torch"] = "another CPU", "2.14"
+    b["device"] |= {"name": "another CPU", "threads": 4, "load": [38.2, 1.0, 1.0]}
+    b["versions"]["torch"], b["versions"]["triton"] = "2.14", "3.8"
+    b |= {"quick": True, "complete": False, "git commit": "abc", "seconds": 1.0}
+    b["environment"] = {
+        "OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": None, "sources": "12", "tuned": None
+    }  # fmt: skip
     paths = saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)
     _, said, _ = run(capsys, monkeypatch, "compare", *paths)
     assert "the device was a CPU, is another CPU" in said
-    assert "torch was 2.13, is 2.14" in said
+    for told in (
+        "torch was 2.13, is 2.14", "triton was None, is 3.8", "the number of threads was 2, is 4",
+        "the load as it began was None, is 38", "the commit was None, is abc",
+        "complete was True, is False", "quick was False, is True", "OMP_NUM_THREADS was None, is 4",
+        "seconds was None, is 1.0",
+    ):  # fmt: skip
+        assert f"note: {told}" in said
+    assert "OMP_WAIT_POLICY" not in said
 
 
 def test_files_that_cannot_be_compared_are_named(tmp_path, capsys, monkeypatch):
