@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
+from bert_fast import encode
 from bert_fast.kernels import SPECS, launch
 from bert_fast.kernels.launch import INTERPRET
 
@@ -716,6 +718,13 @@ def test_a_contender_that_drops_no_probabilities_has_no_row_with_dropout():
         unpadded.build(None)
 
 
+def test_texts_are_encoded_frozen_and_rows_say_in_which_batches():
+    names = [contender.name for contender in model_workloads.ENCODERS]
+    assert names[-1] == "ours, frozen"
+    assert "8,192" in model_workloads._encode(SimpleNamespace(subject=(None,) * 4)).implementation
+    assert inspect.signature(encode.encode).parameters["batch_tokens"].default == 8192
+
+
 def test_ceilings_are_work_over_time():
     class Seconds(Clock):
         def __call__(self, run):
@@ -812,8 +821,8 @@ def told(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
 
-    def run(names, budget, done=(), **options):
-        began, found = [], SimpleNamespace(content={"rows": list(done), "ceilings": 1}, added=[])
+    def run(names, budget, done=(), reached=1, **options):
+        began, found = [], SimpleNamespace(content={"rows": list(done)}, added=[])
 
         def measure(item, clock, seconds, ceilings, only, in_haste, sensors):
             began.append((item.name, in_haste))
@@ -824,7 +833,8 @@ def told(monkeypatch):
             found.added.append(len(rows))
             found.content["rows"] += rows
 
-        found.add, found.content["ceilings"] = add, {"B": 1.0, "C": {"float16": 1.0}}
+        found.add = add
+        found.content["ceilings"] = reached and {"B": 1.0, "C": {"float16": 1.0}}
         monkeypatch.setattr(cli, "measure", measure)
         todo = [
             (Workload(name, torch.float16, (STOCK,), "stock", None), None, 1.0) for name in names
@@ -833,6 +843,17 @@ def told(monkeypatch):
         return began, found
 
     return run
+
+
+def test_without_memory_for_the_ceilings_there_are_rows_without_shares(told, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("60 GiB")
+
+    monkeypatch.setattr(cli, "ceilings", full)
+    began, found = told(["1"], None, reached=None)
+    assert began == [("1", False)]
+    assert found.content["ceilings"] is None
+    assert "no ceilings: OutOfMemoryError: 60 GiB" in capsys.readouterr().out
 
 
 def test_nothing_begins_that_would_take_longer_than_what_is_left(told):
@@ -887,7 +908,13 @@ def test_a_run_as_a_module_writes_its_file_and_leaves_kernels_unimportable(tmp_p
         ("model --device cpu --workload nosuch", "with train or train-with-dropout before them"),
         ("model --device cpu --workload tiny\tfull-128", "sizes are 6x384, base"),
         ("model --device cpu --workload base\tfull-128x0", "lengths docstrings,"),
+        ("model --device cpu --workload encode\tsquad-384", "or encode docstrings;"),
+        ("model --device cpu --workload encode", "or encode docstrings;"),
         ("ops --device cpu --dtype tf32", "only a GPU multiplies in TF32"),
+        ("ops --device cpu --seconds nan", "--seconds: must be a number of seconds above 0, got n"),
+        ("ops --device cpu --seconds -1", "--seconds: must be a number of seconds above 0, got -1"),
+        ("ops --device cpu --seconds many", "must be a number of seconds above 0, got many"),
+        ("ops --device cpu --budget inf", "--budget: must be a number of seconds above 0, got inf"),
     ],
 )
 def test_a_workload_or_dtype_that_cannot_be_says_what_can(arguments, said, capsys, monkeypatch):

@@ -209,6 +209,7 @@ def test_the_line_of_a_workload_says_what_failed():
         for c, s, x, r in (
             ("sdpa", "ok", 1.0, None), ("compile", "ok", 1.5, None), ("flex", "skipped", None, "?"),
             ("eager", "error", None, "OutOfMemoryError: 60 GiB"), ("ours", "ok", 2.0, None),
+            ("ours, without graphs", "ok", 1.8, None),  # is no rival
         )
     ]  # fmt: skip
     assert cli.line(rows) == (
