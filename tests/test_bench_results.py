@@ -358,6 +358,25 @@ def test_each_plot_has_the_points_of_its_rows():
     assert plots.data_of(content(row("ours", 2.0))) == {}
 
 
+@pytest.mark.parametrize(
+    "lacks", ["lengths", "median_s", "bytes", "flops", "fill", "valid_tokens_per_s", "padded_to",
+              "sequences", "ratio_median"],
+)  # fmt: skip
+def test_what_the_schema_allows_to_be_null_is_left_out_of_plots(lacks):
+    thin = everything()
+    for r in thin["rows"]:
+        r[lacks] = None
+    result_schema.check(thin)
+    assert plots.data_of(thin).keys() < set(plots.PLOTS)
+
+
+def test_a_dtype_without_a_ceiling_has_no_roofline():
+    thin = everything()
+    thin["ceilings"]["C"] = {"bfloat16": 1e10}
+    result_schema.check(thin)
+    assert "roofline" not in plots.data_of(thin)
+
+
 def test_rows_that_failed_are_in_no_plot():
     failed = everything()
     for r in failed["rows"]:
