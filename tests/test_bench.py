@@ -524,12 +524,28 @@ def test_a_smoke_test_is_of_small_cases():
     assert found == {spec.label(spec.whole) for spec in SPECS if not spec.gradient}
 
 
-def test_a_backward_moves_each_input_and_gradient_once():
-    case = {"T": 3, "K": 5, "N": 7}
-    (spec,) = (s for s in SPECS if s.name == "linear")
+@pytest.mark.parametrize(
+    "op, case, numbers",
+    [
+        ("linear", {"T": 3, "K": 5, "N": 7}, 2 * (15 + 35) + 7 + 21),
+        ("linear", {"T": 3, "K": 5, "N": 7, "residual": True}, 2 * (15 + 35) + 7 + 21),
+        ("linear", {"T": 3, "K": 5, "N": 7, "gelu": True}, 2 * (15 + 35 + 7) + 21),
+        ("layer_norm", {"shape": (3, 5)}, 4 * 15 + 2 * 5 + 5),  # x, residual, dy; dx; three of 5
+        ("dropout", {"shape": (3, 5), "p": 0.1}, 2 * 15),  # dy; dx
+        ("gelu", {"shape": (3, 5)}, 3 * 15 + 2 * 5),
+        ("attention", {"lengths": (3,), "heads": 2, "D": 4}, 8 * 24),  # q, k, v, o, dy; dq, dk, dv
+    ],
+)
+def test_a_backward_moves_what_it_needs_once(op, case, numbers):
+    (spec,) = (s for s in SPECS if s.name == op)
     problem = op_workloads._backward_problem(spec, case, torch.float32, CPU)
-    moved = 4 * (2 * (3 * 5 + 7 * 5 + 7) + 3 * 7)
-    assert problem.work == {"C": 2 * 3 * 7 * (2 * 5 + 1), "B": moved}
+    assert problem.work["B"] == 4 * numbers
+
+
+def test_a_backward_of_attention_is_five_products_and_of_others_four():
+    (spec,) = (s for s in SPECS if s.name == "linear")
+    problem = op_workloads._backward_problem(spec, {"T": 3, "K": 5, "N": 7}, torch.float32, CPU)
+    assert problem.work["C"] == 2 * 3 * 7 * (2 * 5 + 1)
     case = {"lengths": (3,), "heads": 2, "D": 4}
     (spec,) = (s for s in SPECS if s.name == "attention")
     forward = op_workloads._problem(spec, case, torch.float32, CPU).work["C"]
