@@ -230,7 +230,7 @@ def _table(content):
 
     def times(row):
         if row["status"] != "ok":
-            return f"{row['status']}: {row['reason']}"
+            return f"{row['status']}: {row['reason']}".replace("|", "\\|")
         return _times(row) + ", host" * waits_for_host(row, of, content)
 
     columns = [name for name in COLUMNS if any(_over(of, row, name) for row in shown)]

@@ -549,14 +549,14 @@ def test_fewer_than_six_rounds_have_no_interval(rounds, told):
 def test_what_failed_is_printed_in_place_of_what_passed_before(status, house):
     _, path = house
     newer = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00"}
-    ours = row("ours", None, status=status, reason="RMS error 3")
+    ours = row("ours", None, status=status, reason="RMS |error| 3")
     newer["rows"] = [row("stock sdpa", 1.0), ours]
     saved(path.with_name("z-newer.json"), newer)
     printed = readme.summary(readme.newest(), [])
     assert f"| float32 | base full-128 | 1.00 | {status} |  |" in printed
     assert "| float32 | base squad-384 | 0.50 | 4.0" in printed
     page = readme.everything(readme.newest(), [])
-    assert f"| base full-128 | float32 | 1.00 | {status}: RMS error 3 |  |" in page
+    assert f"| base full-128 | float32 | 1.00 | {status}: RMS \\|error\\| 3 |  |" in page
     again = json.loads(path.read_text()) | {"date": "2026-03-01T00:00:00+00:00"}
     saved(path.with_name("zz-newest.json"), again)
     assert [p.name for p, _ in readme.newest()] == ["zz-newest.json"]
