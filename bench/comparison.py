@@ -1,8 +1,10 @@
-"""Compare two result files: what got slower, or wrong, beyond the intervals.
+"""Compare two result files: what got slower, wrong or lost, beyond the intervals.
 
-Compared are speeds relative to the baseline of the same run, since absolute times belong to one
-machine in one minute. A ratio has changed where the intervals of the two do not meet and the
-medians are more than 2 % apart, as an interval is of one run. Only ours can be a regression.
+Status and error come first: what failed, or has no ratio any more, or errs by more, is worse
+whatever its speed. Then speeds relative to the baseline of the same run, since absolute times
+belong to one machine in one minute. A ratio has changed where the intervals of the two do not meet
+and the medians are more than 2 % apart, as an interval is of one run. Only ours can be a
+regression, and it is one to be missing: but for what was not installed there, or had no time.
 """
 
 import sys
@@ -12,8 +14,11 @@ from result_schema import read
 from rich.console import Console
 from rich.table import Table
 
-KEY = ("workload", "dtype", "contender", "baseline")
+KEY = ("workload", "dtype", "contender", "baseline")  # and the number of sequences
 NOISE = 1.02  # times as fast, or slow, that a median is in another run
+ERRS = 1.5  # times the error, on the same inputs, that is no longer the order of sums
+WORSE = ("FAILED", "lost", "inexact", "slower")
+NO_LOSS = ("budget", "time is short", "not installed")  # in the reason of what was skipped
 
 
 def add_arguments(parser):
@@ -33,51 +38,98 @@ def main(options, fail):
     if not found:
         fail(f"{options.before} and {options.after} have no row in common")
     console.print(table(found))
-    worse = [
-        c for c in found
-        if c["verdict"] in ("slower", "lost", "FAILED") and c["contender"].startswith("ours")
-    ]  # fmt: skip
+    worse = [c for c in found if c["verdict"] in WORSE and _is_ours(c)]
     same = sum(c["verdict"] == "same" for c in found)
-    console.print(f"{len(found)} rows in both: {len(worse)} of ours worse, {same} the same")
+    console.print(f"{len(found)} rows compared: {len(worse)} of ours worse, {same} the same")
     return int(bool(worse))
 
 
 def differences(a, b):
     """What makes two runs hard to compare: (name, before, after)."""
-    named = [("the device", a["device"]["name"], b["device"]["name"])]
-    for package in a["versions"].keys() & b["versions"].keys():
-        named.append((package, a["versions"][package], b["versions"][package]))
-    return [(what, x, y) for what, x, y in sorted(named) if x != y]
+    told = []
+    for content in (a, b):
+        device, load = content["device"], content["device"]["load"]
+        told.append({
+            "the device": device["name"], "the host's CPU": device.get("cpu"),
+            "the number of threads": device["threads"], "the driver": device.get("driver"),
+            "the load as it began": load and round(load[0]), "the commit": content["git commit"],
+            "complete": content.get("complete"), "quick": content.get("quick", False),
+            "seconds": content.get("seconds"),
+            **content.get("environment", {}), **content["versions"],
+        })  # fmt: skip
+    names = dict.fromkeys([*told[0], *told[1]])
+    both = ((name, *(of.get(name) for of in told)) for name in names)
+    return [(name, x, y) for name, x, y in both if x != y]
 
 
 def changes(before, after):
-    """A dict for each row that ran in `before` and is in `after`: KEY, "before", "after", "reason",
-    "intervals", and "verdict", which is same, faster, slower, FAILED, or lost for another error."""
-    known = {_key(row): row for row in after}
+    """A dict for each row that was ok in `before` and can be compared: KEY, "before", "after",
+    "reason", "intervals", and "verdict", which is same, faster, slower, inexact, FAILED, or lost:
+    an error, or not there, or without a ratio now. [] where no workload is in both."""
+    known = {(*_key(row), row["sequences"]): row for row in after}
+    named = {_key(row) for row in after}
+    if not {_of(row) for row in before} & {_of(row) for row in after}:
+        return []
     found = []
     for row in before:
-        other = known.get(_key(row))
-        if other is None or row["status"] != "ok" or row["contender"] == row["baseline"]:
+        if row["status"] != "ok" or row["contender"] == row["baseline"]:
             continue
-        if other["status"] == "skipped" or row["ratio_median"] is None:
-            continue  # not installed there, or out of time: nothing got worse
-        x, y = _interval(row, before), _interval(other, after)
-        if other["status"] != "ok":
-            verdict = "FAILED" if other["status"] == "FAILED" else "lost"
-        elif x is None or y is None or other["ratio_median"] is None:
+        # What was not measured has no number of sequences.
+        other = known.get((*_key(row), row["sequences"])) or known.get((*_key(row), None))
+        if other is None and (_key(row) in named or not _is_ours(row)):
+            continue  # of other sequences, or a rival that was left out
+        x = _interval(row, before)
+        y = _interval(other, after) if other else None
+        if (judged := _verdict(row, other, x, y)) is None:
             continue
-        elif y[1] < x[0] and other["ratio_median"] * NOISE < row["ratio_median"]:
-            verdict = "slower"
-        elif y[0] > x[1] and other["ratio_median"] > row["ratio_median"] * NOISE:
-            verdict = "faster"
-        else:
-            verdict = "same"
+        verdict, reason = judged
         found.append({
             **dict(zip(KEY, _key(row), strict=True)),
-            "before": row["ratio_median"], "after": other["ratio_median"],
-            "intervals": (x, y), "verdict": verdict, "reason": other["reason"],
+            "before": row["ratio_median"], "after": other and other["ratio_median"],
+            "intervals": (x, y), "verdict": verdict, "reason": reason,
         })  # fmt: skip
     return found
+
+
+def _verdict(row, other, x, y):
+    """(verdict, reason), x and y being the intervals; None where there is nothing to compare."""
+    if other is None:
+        return "lost", "has no row"
+    status, reason = other["status"], other["reason"]
+    if status == "discarded":
+        return None
+    if status == "skipped":
+        excused = not _is_ours(row) or any(why in (reason or "") for why in NO_LOSS)
+        return None if excused else ("lost", f"skipped: {reason}")
+    if status != "ok":
+        return ("FAILED" if status == "FAILED" else "lost"), reason
+    if _errs_more(row, other):
+        return "inexact", f"RMS error {row['error']['rms']:.2g}, now {other['error']['rms']:.2g}"
+    if row["ratio_median"] is None:
+        return None  # it had none before
+    if other["ratio_median"] is None:
+        return "lost", "has no ratio: the baseline failed"
+    if x is None or y is None:
+        return None
+    if y[1] < x[0] and other["ratio_median"] * NOISE < row["ratio_median"]:
+        return "slower", reason
+    if y[0] > x[1] and other["ratio_median"] > row["ratio_median"] * NOISE:
+        return "faster", reason
+    return "same", reason
+
+
+def _errs_more(row, other):
+    if not (row["error"] and other["error"]) or row["error_on"] != other["error_on"]:
+        return False
+    return other["error"]["rms"] > ERRS * row["error"]["rms"]
+
+
+def _is_ours(row):
+    return row["contender"].startswith("ours")
+
+
+def _of(row):
+    return row["workload"], row["dtype"]
 
 
 def _key(row):
@@ -100,11 +152,15 @@ def table(found):
     for heading in ("before", "after"):
         grid.add_column(f"x {heading}", justify="right", no_wrap=True)
     grid.add_column("verdict", no_wrap=True)
-    order = ("FAILED", "lost", "slower", "faster", "same")
+    grid.add_column("", overflow="fold")
+    order = (*WORSE, "faster", "same")
     for c in sorted(found, key=lambda c: order.index(c["verdict"])):
         cells = map(_cell, (c["before"], c["after"]), c["intervals"])
-        style = "red" if c["verdict"] in ("FAILED", "lost", "slower") else None
-        grid.add_row(c["workload"], c["dtype"], c["contender"], *cells, c["verdict"], style=style)
+        worse = c["verdict"] in WORSE
+        grid.add_row(
+            c["workload"], c["dtype"], c["contender"], *cells, c["verdict"],
+            c["reason"] if worse else None, style="red" if worse else None,
+        )  # fmt: skip
     return grid
 
 

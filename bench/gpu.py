@@ -9,7 +9,8 @@ tune      launch configurations, into kernels/tuned/
 ncu       what Nsight Compute counts in each kernel
 
 All of them take less than nine minutes: each is killed at its limit, and has written by then what
-it had. A part that is complete for this commit is not run again, unless it is named.
+it had. A part that is complete for the Python files that are here is not run again, unless it is
+named.
 """
 
 import importlib.util
@@ -30,7 +31,7 @@ from model_workloads import PLANS
 from nvidia_tools import ncu, ptx, sanitize
 from process import run_limited
 from result_schema import read
-from results import Results, commit, device_of, file_name
+from results import Results, device_of, file_name, sources
 
 from bert_fast.kernels import SPECS, launch
 
@@ -124,15 +125,18 @@ def run_all(known, folder, seconds):
 
 
 def done_before(path):
-    """The content of path, if that is the whole part, of this commit and from a clean tree."""
-    now = commit()
-    if not path.exists() or now is None or now.endswith("-dirty"):
+    """The content of path, if that is the whole part, of the Python files that are here now.
+
+    What `tune` writes, and results, are no such files: the commit is `-dirty` for them.
+    """
+    if not path.exists():
         return None
     try:
         content = read(path)
     except ValueError:  # cut off, or of an older schema
         return None
-    return content if content.get("complete") and content["git commit"] == now else None
+    same = content.get("environment", {}).get("sources") == sources()
+    return content if content.get("complete") and same else None
 
 
 def run_part(part, known, folder, end):

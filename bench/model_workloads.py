@@ -79,9 +79,11 @@ def _with_few(workload):
 
 def workload(name, dtype, device, quick=False, tf32=False):
     """A name is a shape of SHAPES and lengths, as in lengths.py; with a word of TRAINS before it, a
-    training step; or "encode docstrings"."""
+    training step; or "encode docstrings". Raises ValueError or KeyError for any other."""
     kind, _, rest = name.partition(" ")
     if kind == "encode":
+        if rest not in TEXTS_OF:
+            raise ValueError(f"no texts {rest}; there are {', '.join(TEXTS_OF)}")
         prepare = functools.partial(_texts, dtype, device, quick)
         return Workload(name, dtype, ENCODERS, ENCODERS[0].name, prepare, rest, kind, tf32)
     dropout = TRAINS.get(kind)
@@ -288,6 +290,7 @@ def _step(shape, lengths, dtype, device, quick):
 
 
 # -- texts ----------------------------------------------------------------------------------
+TEXTS_OF = ("docstrings",)
 TEXTS, TEXTS_CHECKED, LONGEST = 2048, 32, 256
 
 
@@ -345,7 +348,8 @@ def _sentence_transformers(problem, swapped=False):
 
         return run
 
-    bind.implementation = f"sentence-transformers {sentence_transformers.__version__}"
+    version = sentence_transformers.__version__
+    bind.implementation = f"sentence-transformers {version}, in batches of 32 texts"
     return bind
 
 
@@ -359,6 +363,7 @@ def _encode(problem):
 
         return run
 
+    bind.implementation = "bert_fast.encode, in batches of 8,192 tokens with their padding"
     return bind
 
 
@@ -372,5 +377,5 @@ ENCODERS = (
         "sentence-transformers, accelerated",
         functools.partial(_sentence_transformers, swapped=True), _embeddings,
     ),
-    Contender("ours", _encode, _embeddings),
+    Contender("ours, frozen", _encode, _embeddings),  # which encode.load has it
 )  # fmt: skip

@@ -159,12 +159,28 @@ def _backward(contender):
     return Contender(contender.name, build, collect, contender.gated, contender.slow)
 
 
+def _moved_back(op, inputs, y):
+    """Bytes that the gradients of op must read and write. Of most ops each input is read, dy, and
+    each gradient written."""
+    size = {name: t.nbytes for name, t in inputs.items() if is_float(t)}
+    moved = 2 * sum(size.values()) + y.nbytes
+    if op == "attention":
+        moved += y.nbytes  # o
+    if op in ("layer_norm", "dropout", "linear"):
+        # The residual's gradient is x's in layer_norm, and dy itself in the two others.
+        moved -= size.get("residual", 0) * (1 if op == "layer_norm" else 2)
+    if op == "dropout":
+        moved -= size["x"]  # places follow from the seed
+    if op == "layer_norm" or (op == "linear" and not inputs["activation"]):
+        moved -= size.get("bias", 0)  # its gradient alone
+    return moved
+
+
 def _backward_problem(spec, case, dtype, device):
     problem = _problem(spec, case, dtype, device)
     exact = _backward(DEFINITION)
     checked = cast(problem.checked, torch.float64)
     truth = exact.collect(exact.build(problem)(checked)(), checked)
-    inputs = _leaves(problem.timed)
     y = _tensors(spec.fn(**problem.timed))[0]
     return Problem(
         subject=spec,
@@ -175,7 +191,7 @@ def _backward_problem(spec, case, dtype, device):
         gate=partial(_op_gate, ulp=torch.finfo(dtype).eps),
         work={
             "C": PRODUCTS_OF_BACKWARD.get(spec.name, 2.0) * problem.work["C"],
-            "B": 2 * sum(t.nbytes for t in inputs) + y.nbytes,  # each read, and its gradient
+            "B": _moved_back(spec.name, problem.timed, y),
         },
         unit=[_peak(t) or 1.0 for t in truth],
     )

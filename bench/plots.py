@@ -31,10 +31,10 @@ def _ok(rows, *kinds):
 
 
 def _series(rows, point):
-    """{size contender: sorted points}, of at least two points each."""
+    """{size contender: sorted points}, of at least two points each. A point with None is none."""
     found = defaultdict(list)
     for row in rows:
-        if (xy := point(row)) is not None:
+        if (xy := point(row)) is not None and None not in xy:
             found[row["workload"].split()[0], row["dtype"], row["contender"]].append(xy)
     return {k: sorted(v) for k, v in found.items() if len(v) > 1}
 
@@ -49,7 +49,8 @@ def _sized(found):
 
 
 def throughput(content):
-    rows = [r for r in _ok(content["rows"], "inference") if re.fullmatch(r"full-\d+", r["lengths"])]
+    full = re.compile(r"full-\d+")
+    rows = [r for r in _ok(content["rows"], "inference") if full.fullmatch(r["lengths"] or "")]
     series = _sized(_series(rows, lambda r: [r["padded_to"], r["valid_tokens_per_s"]]))
     return series and {
         "title": "Throughput, no padding", "x": "tokens of a sequence", "y": "valid tokens/s",
@@ -71,8 +72,8 @@ def padding(content):
 
 def latency(content):
     def point(row):
-        same = row["lengths"] == "batch-1" or re.fullmatch(r"full-128(x\d+)?", row["lengths"])
-        return [row["sequences"], row["median_s"] * 1e3] if same else None
+        same = re.fullmatch(r"batch-1|full-128(x\d+)?", row["lengths"] or "")
+        return [row["sequences"], row["median_s"] * 1e3] if same and row["median_s"] else None
 
     series = _sized(_series(_ok(content["rows"], "inference"), point))
     return series and {
@@ -84,7 +85,9 @@ def latency(content):
 def roofline(content):
     rows = [
         r for r in _ok(content["rows"], "op", "backward")
-        if content["ceilings"] and r["contender"] in ("ours", r["baseline"]) and r["flops"]
+        if content["ceilings"] and r["dtype"] in content["ceilings"]["C"]
+        and r["contender"] in ("ours", r["baseline"])
+        and r["flops"] and r["bytes"] and r["median_s"]
     ]  # fmt: skip
     if not rows:
         return None

@@ -1,5 +1,6 @@
 """Where and with what a run was made, its result file, and its tables."""
 
+import hashlib
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ from rich.table import Table
 from sensors import Sensors
 
 from bert_fast.kernels import backend
-from bert_fast.kernels.launch import slug
+from bert_fast.kernels.launch import TABLES, slug
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -25,27 +26,35 @@ PACKAGES = (
 
 
 class Results:
-    """One run: a file, if path is given, that is whole and valid after each workload."""
+    """One run: a file, if path is given, that is whole and valid after each workload. Until there
+    is something to say, a file that an earlier run wrote is left as it is.
 
-    def __init__(self, path, known, part="bench"):
+    seconds  of the rounds of a workload, where a number was asked for
+    """
+
+    def __init__(self, path, known, part="bench", quick=False, seconds=None):
         self.path = path
         self.content = {
             "schema": 2,
             "part": part,
             "complete": False,
+            "quick": quick,
+            "seconds": seconds,
             "device": known,
             "versions": versions(),
+            "environment": environment(known),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "git commit": commit(),
             "ceilings": None,
             "rows": [],
         }
-        self.write()
+        check(self.content)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self):
         check(self.content)
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             new = self.path.with_suffix(".part")
             new.write_text(json.dumps(self.content, indent=1, allow_nan=False) + "\n")
             new.replace(self.path)
@@ -58,7 +67,8 @@ class Results:
         place = next((n for n, row in enumerate(rows) if _of(row) in again), len(rows))
         rest = [row for row in rows[place:] if _of(row) not in again]
         self.content |= {"rows": [*rows[:place], *new, *rest], **parts}
-        self.write()
+        if self.content["rows"] or parts.keys() - {"ceilings"}:
+            self.write()
 
 
 def _of(row):
@@ -128,6 +138,34 @@ def commit():
     command = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
+
+
+SOURCES = ("bench", "bert_fast", "check", "kernels", "tests")  # folders whose Python is run
+
+
+def environment(known):
+    """What a run depends on beside versions: {name: value or hash}, None where there is none.
+
+    sources  of all Python files, those of the commit or not
+    tuned    of the table of launch configurations for this device
+    """
+    table = TABLES / f"{slug(known['name'])}.json"
+    return {
+        **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
+        "sources": sources(),
+        "tuned": _hash(table.read_bytes()) if known["type"] == "cuda" and table.exists() else None,
+    }
+
+
+def sources():
+    """A hash of the Python files and their paths."""
+    files = (path for folder in SOURCES for path in sorted((ROOT / folder).rglob("*.py")))
+    hashes = (f"{path.relative_to(ROOT).as_posix()} {_hash(path.read_bytes())}\n" for path in files)
+    return _hash("".join(hashes).encode())
+
+
+def _hash(content):
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 # -- tables ---------------------------------------------------------------------------------

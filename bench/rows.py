@@ -6,6 +6,8 @@ import torch
 from measure import Skip, interleave, noted, tf32
 from result_schema import ROW
 
+UNJUDGED = "not judged: the baseline has no result whose error would bound this one's"
+
 
 def measure(
     workload, clock, seconds, ceilings=None, only=None, in_haste=False, sensors=None
@@ -60,7 +62,7 @@ def measure(
         errors[c.name] for c in contenders
         if c.name in errors and (c.name == workload.baseline or not c.gated)
     ]  # fmt: skip
-    allowed = min(allowed, key=lambda error: error["max"]) if base_error else None
+    allowed = min(allowed, key=lambda error: error["max"], default=None)
     if base_error and problem.gate(base_error, allowed):
         base = None  # nor is there a ratio to what is wrong
     for c in contenders:
@@ -86,7 +88,9 @@ def measure(
                 "sensors": seen,
                 "reason": timing.note,
             }
-            if c.gated and allowed and (wrong := problem.gate(row["error"], allowed)):
+            if c.gated and allowed is None:
+                row |= {"status": "error", "reason": UNJUDGED}
+            elif c.gated and (wrong := problem.gate(row["error"], allowed)):
                 row |= {"status": "FAILED", "reason": wrong}  # what is wrong has no speed
             else:
                 row |= _speed(timing, base, problem, ceilings)

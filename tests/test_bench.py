@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import os
@@ -15,7 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import masking_utils
 
+from bert_fast import encode
 from bert_fast.kernels import SPECS, launch
 from bert_fast.kernels.launch import INTERPRET
 
@@ -327,10 +330,26 @@ def test_what_cannot_be_built_is_a_row_with_the_reason(error, status, reason):
     assert measured["other"]["ratio_median"] == 4.0
 
 
-def test_without_a_baseline_there_are_times_and_no_ratios():
-    broken = Contender("stock", raising(RuntimeError("broken")))
-    ours = rows_of(broken, contender("ours", [2.0]))["ours"]
-    assert (ours["status"], ours["median_s"], ours["ratio_median"]) == ("ok", 2.0, None)
+def test_without_a_baseline_there_are_times_no_ratios_and_nothing_is_ok():
+    """Nothing says how large an error may be: here it is 97."""
+    broken = Contender("stock", raising(torch.OutOfMemoryError("60 GiB")))
+    ours = rows_of(broken, contender("ours", [2.0], 98.0))["ours"]
+    assert (ours["status"], ours["reason"]) == ("error", rows.UNJUDGED)
+    assert (ours["median_s"], ours["ratio_median"], ours["valid_tokens_per_s"]) == (2.0, None, None)
+
+
+@pytest.mark.parametrize("result, status", [(1.0 + 2**-11, "ok"), (98.0, "FAILED")])
+def test_without_a_baseline_the_definition_judges(result, status):
+    broken = Contender("stock", raising(torch.OutOfMemoryError("60 GiB")))
+    definition = contender("definition", [9.0], 1.0 + 2**-10, gated=False)
+    ours = rows_of(definition, broken, contender("ours", [2.0], result))["ours"]
+    assert (ours["status"], ours["ratio_median"]) == (status, None)
+
+
+def test_a_baseline_that_is_not_timed_bounds_errors_all_the_same():
+    late = contender("stock", [4.0, MemoryError("no more")], 1.0 + 2**-10)
+    found = rows_of(late, contender("ours", [2.0]), contender("off", [2.0], 98.0))
+    assert [row["status"] for row in found.values()] == ["error", "ok", "FAILED"]
 
 
 def test_the_definition_is_there_for_its_error_and_not_timed():
@@ -505,12 +524,28 @@ def test_a_smoke_test_is_of_small_cases():
     assert found == {spec.label(spec.whole) for spec in SPECS if not spec.gradient}
 
 
-def test_a_backward_moves_each_input_and_gradient_once():
-    case = {"T": 3, "K": 5, "N": 7}
-    (spec,) = (s for s in SPECS if s.name == "linear")
+@pytest.mark.parametrize(
+    "op, case, numbers",
+    [
+        ("linear", {"T": 3, "K": 5, "N": 7}, 2 * (15 + 35) + 7 + 21),
+        ("linear", {"T": 3, "K": 5, "N": 7, "residual": True}, 2 * (15 + 35) + 7 + 21),
+        ("linear", {"T": 3, "K": 5, "N": 7, "gelu": True}, 2 * (15 + 35 + 7) + 21),
+        ("layer_norm", {"shape": (3, 5)}, 4 * 15 + 2 * 5 + 5),  # x, residual, dy; dx; three of 5
+        ("dropout", {"shape": (3, 5), "p": 0.1}, 2 * 15),  # dy; dx
+        ("gelu", {"shape": (3, 5)}, 3 * 15 + 2 * 5),
+        ("attention", {"lengths": (3,), "heads": 2, "D": 4}, 8 * 24),  # q, k, v, o, dy; dq, dk, dv
+    ],
+)
+def test_a_backward_moves_what_it_needs_once(op, case, numbers):
+    (spec,) = (s for s in SPECS if s.name == op)
     problem = op_workloads._backward_problem(spec, case, torch.float32, CPU)
-    moved = 4 * (2 * (3 * 5 + 7 * 5 + 7) + 3 * 7)
-    assert problem.work == {"C": 2 * 3 * 7 * (2 * 5 + 1), "B": moved}
+    assert problem.work["B"] == 4 * numbers
+
+
+def test_a_backward_of_attention_is_five_products_and_of_others_four():
+    (spec,) = (s for s in SPECS if s.name == "linear")
+    problem = op_workloads._backward_problem(spec, {"T": 3, "K": 5, "N": 7}, torch.float32, CPU)
+    assert problem.work["C"] == 2 * 3 * 7 * (2 * 5 + 1)
     case = {"lengths": (3,), "heads": 2, "D": 4}
     (spec,) = (s for s in SPECS if s.name == "attention")
     forward = op_workloads._problem(spec, case, torch.float32, CPU).work["C"]
@@ -578,6 +613,24 @@ def test_stock_as_a_graph_for_each_shape_gives_stock_s_hidden_states(lengths):
     assert len(recorded) == (2 if lengths.startswith("docstrings") else 1)
     masks = {run.keywords["attention_mask"] is None for run in recorded}
     assert masks == {lengths.startswith("full")}
+
+
+@pytest.mark.parametrize("lengths, masked", [("full-128x2", False), ("cola-128x3", True)])
+def test_stock_as_a_graph_has_no_mask_where_nothing_is_padded(lengths, masked, monkeypatch):
+    """Also where transformers takes capturing for tracing, and makes a mask of ones, as 5.17."""
+    monkeypatch.setattr(masking_utils, "_ignore_bidirectional_mask_sdpa", lambda *_, **__: False)
+    sdpa, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(q, k, v, attn_mask=None, **options):
+        seen.append(attn_mask is not None)
+        return sdpa(q, k, v, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    problem = tiny(model_workloads._batches, (), lengths).prepare()
+    seen.clear()
+    forward = contenders.graphed(problem, lambda run: (lambda: None, run()))
+    forward(**problem.timed[0])
+    assert seen == [masked] * TINY.layers
 
 
 def looped(q, k, v, cu_seqlens, _, longest, __):
@@ -681,6 +734,13 @@ def test_a_contender_that_drops_no_probabilities_has_no_row_with_dropout():
         unpadded.build(None)
 
 
+def test_texts_are_encoded_frozen_and_rows_say_in_which_batches():
+    names = [contender.name for contender in model_workloads.ENCODERS]
+    assert names[-1] == "ours, frozen"
+    assert "8,192" in model_workloads._encode(SimpleNamespace(subject=(None,) * 4)).implementation
+    assert inspect.signature(encode.encode).parameters["batch_tokens"].default == 8192
+
+
 def test_ceilings_are_work_over_time():
     class Seconds(Clock):
         def __call__(self, run):
@@ -777,8 +837,8 @@ def told(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
 
-    def run(names, budget, done=(), **options):
-        began, found = [], SimpleNamespace(content={"rows": list(done), "ceilings": 1}, added=[])
+    def run(names, budget, done=(), reached=1, **options):
+        began, found = [], SimpleNamespace(content={"rows": list(done)}, added=[])
 
         def measure(item, clock, seconds, ceilings, only, in_haste, sensors):
             began.append((item.name, in_haste))
@@ -789,7 +849,8 @@ def told(monkeypatch):
             found.added.append(len(rows))
             found.content["rows"] += rows
 
-        found.add, found.content["ceilings"] = add, {"B": 1.0, "C": {"float16": 1.0}}
+        found.add = add
+        found.content["ceilings"] = reached and {"B": 1.0, "C": {"float16": 1.0}}
         monkeypatch.setattr(cli, "measure", measure)
         todo = [
             (Workload(name, torch.float16, (STOCK,), "stock", None), None, 1.0) for name in names
@@ -798,6 +859,17 @@ def told(monkeypatch):
         return began, found
 
     return run
+
+
+def test_without_memory_for_the_ceilings_there_are_rows_without_shares(told, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("60 GiB")
+
+    monkeypatch.setattr(cli, "ceilings", full)
+    began, found = told(["1"], None, reached=None)
+    assert began == [("1", False)]
+    assert found.content["ceilings"] is None
+    assert "no ceilings: OutOfMemoryError: 60 GiB" in capsys.readouterr().out
 
 
 def test_nothing_begins_that_would_take_longer_than_what_is_left(told):
@@ -852,7 +924,13 @@ def test_a_run_as_a_module_writes_its_file_and_leaves_kernels_unimportable(tmp_p
         ("model --device cpu --workload nosuch", "with train or train-with-dropout before them"),
         ("model --device cpu --workload tiny\tfull-128", "sizes are 6x384, base"),
         ("model --device cpu --workload base\tfull-128x0", "lengths docstrings,"),
+        ("model --device cpu --workload encode\tsquad-384", "or encode docstrings;"),
+        ("model --device cpu --workload encode", "or encode docstrings;"),
         ("ops --device cpu --dtype tf32", "only a GPU multiplies in TF32"),
+        ("ops --device cpu --seconds nan", "--seconds: must be a number of seconds above 0, got n"),
+        ("ops --device cpu --seconds -1", "--seconds: must be a number of seconds above 0, got -1"),
+        ("ops --device cpu --seconds many", "must be a number of seconds above 0, got many"),
+        ("ops --device cpu --budget inf", "--budget: must be a number of seconds above 0, got inf"),
     ],
 )
 def test_a_workload_or_dtype_that_cannot_be_says_what_can(arguments, said, capsys, monkeypatch):

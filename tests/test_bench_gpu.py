@@ -105,7 +105,6 @@ def parts(monkeypatch):
         return status, [f"{part} ran"]
 
     monkeypatch.setattr(gpu, "run_limited", run_limited)
-    monkeypatch.setattr(gpu, "commit", lambda: "abc")
     monkeypatch.setattr(results, "commit", lambda: "abc")
     return SimpleNamespace(ran=ran, until=until, fate=fate)
 
@@ -162,16 +161,16 @@ def test_a_part_that_failed_is_not_run_again_and_still_fails(parts, tmp_path, ca
     assert "tests: FAILED before" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("then, now", [("abc", None), ("abc", "abd"), ("abc-dirty", "abc-dirty")])
-def test_another_commit_or_a_dirty_tree_is_never_done(then, now, parts, tmp_path, monkeypatch):
+def test_other_sources_are_not_done_and_a_table_that_tune_wrote_is(parts, tmp_path, monkeypatch):
     path = tmp_path / results.file_name(KNOWN, "tests")
     gpu.run_all(KNOWN, tmp_path, gpu.ALL)
+    monkeypatch.setattr(results, "commit", lambda: "abc-dirty")
     assert gpu.done_before(path)["passed"]
-    path.unlink()
-    monkeypatch.setattr(results, "commit", lambda: then)
-    monkeypatch.setattr(gpu, "commit", lambda: now)
-    gpu.run_all(KNOWN, tmp_path, gpu.ALL)
-    assert result_schema.read(path)["git commit"] == then
+    monkeypatch.setattr(gpu, "sources", lambda: "others")
+    assert gpu.done_before(path) is None
+    older = json.loads(path.read_text())
+    del older["environment"]
+    path.write_text(json.dumps(older))
     assert gpu.done_before(path) is None
 
 
@@ -210,6 +209,7 @@ def test_the_line_of_a_workload_says_what_failed():
         for c, s, x, r in (
             ("sdpa", "ok", 1.0, None), ("compile", "ok", 1.5, None), ("flex", "skipped", None, "?"),
             ("eager", "error", None, "OutOfMemoryError: 60 GiB"), ("ours", "ok", 2.0, None),
+            ("ours, without graphs", "ok", 1.8, None),  # is no rival
         )
     ]  # fmt: skip
     assert cli.line(rows) == (

@@ -29,7 +29,8 @@ def row(contender, ratio=None, spread=0.05, **options):
         "workload": "base full-128", "kind": "inference", "lengths": "full-128", "sequences": 32,
         "padded_to": 128, "fill": 1.0, "dtype": "float32", "contender": contender,
         "baseline": "stock sdpa", "median_s": median, "ratio_median": ratio, "ratio_ci": around,
-        "valid_tokens_per_s": ratio and 100.0 * ratio, "status": "ok", **options,
+        "valid_tokens_per_s": ratio and 100.0 * ratio, "status": "ok", "rounds": 6,
+        **options,
     }  # fmt: skip
 
 
@@ -63,6 +64,21 @@ def run(capsys, monkeypatch, *arguments):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_committed_files_are_valid(path):
     result_schema.read(path)
+
+
+def test_rows_that_were_discarded_say_why_have_no_ratio_and_are_named():
+    named = (readme.RESULTS / "README.md").read_text()
+    for path in FILES:
+        found = result_schema.read(path)["rows"]
+        discarded = [row for row in found if row["status"] == "discarded"]
+        assert all(row["reason"] and row["ratio_median"] is None for row in discarded)
+        assert not discarded or f"| `{path.name}` | {len(discarded)}" in named
+
+
+def test_stock_as_a_graph_is_quoted_with_padding_alone_where_it_was_given_a_mask():
+    rows = result_schema.read(readme.RESULTS / "nvidia-h200-2026-11-27.json")["rows"]
+    graphed = [r for r in rows if r["contender"] == "stock sdpa, CUDA graphs" and r["median_s"]]
+    assert {(r["status"], r["fill"] == 1) for r in graphed} == {("ok", False), ("discarded", True)}
 
 
 def test_every_field_of_a_row_is_wanted_and_known():
@@ -111,9 +127,46 @@ def test_what_is_not_json_is_said(text, said, tmp_path):
 
 def test_a_result_that_is_not_valid_is_not_written(tmp_path):
     found = results.Results(tmp_path / "a.json", content()["device"])
+    found.add(rows=[row("stock sdpa", 1.0)])
     with pytest.raises(ValueError, match="median_s"):
-        found.add(rows=[row("ours", 2.0, median_s=float("nan"))])
-    assert result_schema.read(tmp_path / "a.json")["rows"] == []
+        found.add(rows=[row("ours", 2.0, dtype="tf32", median_s=float("nan"))])
+    assert len(result_schema.read(tmp_path / "a.json")["rows"]) == 1
+
+
+def test_an_earlier_file_stays_until_there_is_a_row(tmp_path):
+    path = saved(tmp_path / "a.json", content(row("ours", 2.0)))
+    found = results.Results(path, content()["device"], quick=True, seconds=3.0)
+    found.add(ceilings={"B": 1.0, "C": {}})
+    assert result_schema.read(path)["rows"][0]["ratio_median"] == 2.0
+    found.add(rows=[row("ours", 3.0)])
+    written = result_schema.read(path)
+    assert written["rows"][0]["ratio_median"] == 3.0
+    assert (written["quick"], written["seconds"], written["ceilings"]["B"]) == (True, 3.0, 1.0)
+
+
+def test_a_part_without_rows_is_written_at_once(tmp_path):
+    found = results.Results(tmp_path / "a.json", content()["device"], "sanitize")
+    found.add(sanitize=[])
+    assert result_schema.read(tmp_path / "a.json")["sanitize"] == []
+
+
+def test_what_a_run_depends_on_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "TABLES", tmp_path / "kernels" / "tuned")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "kernels" / "tuned").mkdir(parents=True)
+    op = saved(tmp_path / "kernels" / "op.py", "1")
+    device = content()["device"] | {"type": "cuda", "name": "NVIDIA H200"}
+    first = results.environment(device)
+    assert (first["OMP_WAIT_POLICY"], first["OMP_NUM_THREADS"]) == ("PASSIVE", None)
+    assert first["tuned"] is None
+    saved(tmp_path / "kernels" / "tuned" / "nvidia-h200.json", "{}")
+    tuned = results.environment(device)
+    assert tuned["tuned"] and tuned["sources"] == first["sources"]
+    assert results.environment(content()["device"])["tuned"] is None
+    saved(op, "2")
+    assert results.environment(device)["sources"] != first["sources"]
 
 
 def test_rows_take_the_place_of_those_of_the_same_workload_and_dtype():
@@ -181,16 +234,64 @@ def test_a_rival_that_gets_worse_is_shown_and_no_regression(
     assert f"{status} of ours worse" in said
 
 
-def test_without_a_ratio_now_there_is_nothing_to_compare():
-    """The baseline was wrong: times, but no ratio."""
-    before = [row("stock sdpa", 1.0, ci=[0.9, 1.1]), row("ours", 2.0)]
-    after = [row("stock sdpa", None, ci=[0.9, 1.1]), row("ours", None, ci=[0.4, 0.6])]
+@pytest.mark.parametrize(
+    "after, said",
+    [
+        ([row("ours", status="skipped", reason="would run the stock forward: hooks")], "hooks"),
+        ([], "has no row"),
+        ([row("ours", None, ci=[0.4, 0.6])], "has no ratio"),  # the baseline was wrong
+        ([row("ours", None, status="error", reason="not judged", sequences=None)], "not judged"),
+    ],
+)
+def test_ours_without_a_ratio_now_is_lost(after, said, tmp_path, capsys, monkeypatch):
+    a = saved(tmp_path / "a.json", content(row("stock sdpa", 1.0), row("ours", 2.0)))
+    b = saved(tmp_path / "b.json", content(row("stock sdpa", 1.0), *after))
+    status, told, _ = run(capsys, monkeypatch, "compare", a, b)
+    assert (status, said in told, "1 of ours worse" in told) == (1, True, True)
+    (found,) = comparison.changes(*(json.loads(path.read_text())["rows"] for path in (a, b)))
+    assert found["verdict"] == "lost"
+
+
+@pytest.mark.parametrize(
+    "reason", ["the budget of 9 s is used up", "takes minutes to build, and time is short",
+               "liger_kernel is not installed"],
+)  # fmt: skip
+def test_what_had_no_time_or_was_not_installed_is_no_regression(reason):
+    before = [row("stock sdpa", 1.0), row("ours", 2.0)]
+    after = [row("ours", status="skipped", reason=reason, sequences=None)]
     assert comparison.changes(before, after) == []
 
 
-def test_a_contender_that_is_skipped_now_is_no_regression():
-    before = [row("stock sdpa", 1.0), row("ours", 2.0)]
-    assert comparison.changes(before, [row("ours", status="skipped")]) == []
+def test_a_rival_that_is_not_there_or_skipped_and_a_discarded_row_are_not_compared():
+    before = [row("stock sdpa", 1.0), row("torch.compile", 2.0), row("ours", 2.0)]
+    after = [row("stock sdpa", 1.0), row("ours", status="discarded", reason="?")]
+    assert comparison.changes(before, after) == []
+    after[1:] = [row("ours", 2.0), row("torch.compile", status="skipped", reason="?")]
+    assert [c["contender"] for c in comparison.changes(before, after)] == ["ours"]
+
+
+@pytest.mark.parametrize("times, on, verdict", [(1.4, "a", "same"), (1.6, "a", "inexact"),
+                                                (1.6, "b", "same")])  # fmt: skip
+def test_a_larger_error_on_the_same_inputs_is_a_regression_at_any_speed(times, on, verdict):
+    rows = [
+        [row("stock sdpa", 1.0), row("ours", 2.0, error={"max": x, "rms": x}, error_on=on)]
+        for x, on in ((1e-6, "a"), (times * 1e-6, on))
+    ]
+    assert [c["verdict"] for c in comparison.changes(*rows)] == [verdict]
+    rows[1][1] |= {"ratio_median": 3.0, "ratio_ci": [2.9, 3.1]}
+    (found,) = comparison.changes(*rows)
+    assert found["verdict"] == ("inexact" if verdict == "inexact" else "faster")
+
+
+def test_what_fails_now_is_worse_also_if_it_had_no_ratio_before():
+    before = [row("stock sdpa", 1.0), row("ours", None)]
+    (found,) = comparison.changes(before, [row("ours", None, status="FAILED", reason="error 1")])
+    assert found["verdict"] == "FAILED"
+
+
+def test_other_numbers_of_sequences_are_not_compared():
+    before, after = ([row("stock sdpa", 1.0), row("ours", 2.0, sequences=n)] for n in (32, 4))
+    assert comparison.changes(before, after) == []
 
 
 def test_without_an_interval_of_the_ratio_those_of_the_times_are_taken():
@@ -201,11 +302,23 @@ def test_without_an_interval_of_the_ratio_those_of_the_times_are_taken():
 
 def test_another_device_and_other_versions_are_noted(tmp_path, capsys, monkeypatch):
     a, b = (content(row("stock sdpa", 1.0), row("ours", 2.0)) for _ in range(2))
-    b["device"]["name"], b["versions"]["torch"] = "another CPU", "2.14"
+    b["device"] |= {"name": "another CPU", "threads": 4, "load": [38.2, 1.0, 1.0]}
+    b["versions"]["torch"], b["versions"]["triton"] = "2.14", "3.8"
+    b |= {"quick": True, "complete": False, "git commit": "abc", "seconds": 1.0}
+    b["environment"] = {
+        "OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": None, "sources": "12", "tuned": None
+    }  # fmt: skip
     paths = saved(tmp_path / "a.json", a), saved(tmp_path / "b.json", b)
     _, said, _ = run(capsys, monkeypatch, "compare", *paths)
     assert "the device was a CPU, is another CPU" in said
-    assert "torch was 2.13, is 2.14" in said
+    for told in (
+        "torch was 2.13, is 2.14", "triton was None, is 3.8", "the number of threads was 2, is 4",
+        "the load as it began was None, is 38", "the commit was None, is abc",
+        "complete was True, is False", "quick was False, is True", "OMP_NUM_THREADS was None, is 4",
+        "seconds was None, is 1.0",
+    ):  # fmt: skip
+        assert f"note: {told}" in said
+    assert "OMP_WAIT_POLICY" not in said
 
 
 def test_files_that_cannot_be_compared_are_named(tmp_path, capsys, monkeypatch):
@@ -243,6 +356,25 @@ def test_each_plot_has_the_points_of_its_rows():
     assert data["roofline"]["series"]["ours"] == [[0.5, 1.5e6]]
     assert data["roofline"]["roof"] == [1e9, 1e10]
     assert plots.data_of(content(row("ours", 2.0))) == {}
+
+
+@pytest.mark.parametrize(
+    "lacks", ["lengths", "median_s", "bytes", "flops", "fill", "valid_tokens_per_s", "padded_to",
+              "sequences", "ratio_median"],
+)  # fmt: skip
+def test_what_the_schema_allows_to_be_null_is_left_out_of_plots(lacks):
+    thin = everything()
+    for r in thin["rows"]:
+        r[lacks] = None
+    result_schema.check(thin)
+    assert plots.data_of(thin).keys() < set(plots.PLOTS)
+
+
+def test_a_dtype_without_a_ceiling_has_no_roofline():
+    thin = everything()
+    thin["ceilings"]["C"] = {"bfloat16": 1e10}
+    result_schema.check(thin)
+    assert "roofline" not in plots.data_of(thin)
 
 
 def test_rows_that_failed_are_in_no_plot():
@@ -376,7 +508,7 @@ def test_the_readme_has_what_is_asked_for_of_the_newest_file(house):
     saved(path.with_name("z-newer.json"), newer)
     printed = readme.summary(readme.newest(), [])
     name = newer["device"]["name"]
-    assert f"| {name} | float32 | base full-128 | 1.00 | 6.0" in printed
+    assert f"| {name} | float32 | base full-128x8 | 1.00 | 6.0" in printed  # by its whole name
     assert f"| {name} | float32 | base squad-384 | 0.50 | 4.0" in printed  # of the older one
     assert printed.count("full-128") == 1 and "odd" not in printed
 
@@ -392,3 +524,88 @@ def test_frozen_weights_have_a_column_where_they_were_measured(house):
     assert "| stock sdpa | ours frozen, over stock sdpa |" in printed
     assert "| base full-128 | float32 | 1.00 | 2.0 (1.9 to 2.1) | 3.0 |" in printed
     assert "| base squad-384 | float32 | 0.50 | 4.0 (3.8 to 4.2) |  |" in printed
+
+
+def test_smoke_tests_are_not_printed(house):
+    _, path = house
+    quick = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00", "quick": True}
+    saved(path.with_name("z-newer.json"), quick)
+    assert [p.name for p, _ in readme.newest()] == [path.name]
+
+
+def test_pictures_stand_under_their_own_file():
+    pictures = [Path(f"cpu{part}-padding.svg") for part in ("", "-quiet")]
+    for path, picture in zip(("cpu.json", "cpu-quiet.json"), pictures, strict=True):
+        (shown,) = readme._pictures_of(Path(path), pictures, Path("README.md"))
+        assert shown.endswith(f"({picture})")
+
+
+@pytest.mark.parametrize("rounds, told", [(5, "2.0"), (6, "2.0 (1.9 to 2.1)"), (None, "2.0")])
+def test_fewer_than_six_rounds_have_no_interval(rounds, told):
+    assert readme._times(row("ours", 2.0, rounds=rounds)) == told
+
+
+@pytest.mark.parametrize("status", ["FAILED", "error"])
+def test_what_failed_is_printed_in_place_of_what_passed_before(status, house):
+    _, path = house
+    newer = json.loads(path.read_text()) | {"date": "2026-02-01T00:00:00+00:00"}
+    ours = row("ours", None, status=status, reason="RMS |error| 3")
+    newer["rows"] = [row("stock sdpa", 1.0), ours]
+    saved(path.with_name("z-newer.json"), newer)
+    printed = readme.summary(readme.newest(), [])
+    assert f"| float32 | base full-128 | 1.00 | {status} |  |" in printed
+    assert "| float32 | base squad-384 | 0.50 | 4.0" in printed
+    page = readme.everything(readme.newest(), [])
+    assert f"| base full-128 | float32 | 1.00 | {status}: RMS \\|error\\| 3 |  |" in page
+    again = json.loads(path.read_text()) | {"date": "2026-03-01T00:00:00+00:00"}
+    saved(path.with_name("zz-newest.json"), again)
+    assert [p.name for p, _ in readme.newest()] == ["zz-newest.json"]
+    assert f"1.00 | {status} |" not in readme.summary(readme.newest(), [])
+
+
+def on_gpu(path, date, stock, ours, rivals=(), full="base full-128"):
+    """A file of a GPU: seconds of stock and of ours for a full batch, and for one sequence."""
+    device = content()["device"] | {"type": "cuda", "name": "a GPU"}
+    rows, error = [], {"max": 2e-6, "rms": 1e-6}
+    for workload, sequences, n in ((full, 32, 0), ("base batch-1", 1, 1)):
+        same = {
+            "workload": workload, "lengths": workload.split()[1], "sequences": sequences,
+            "error": error, "baseline_error": error,
+        }  # fmt: skip
+        times = {"stock sdpa": stock[n], **(dict.fromkeys(rivals, 1.0) if n else {})}
+        for name, s in (times | {"ours": ours[n]}).items():
+            rows.append(row(name, stock[n] / s, **same) | {"median_s": s})
+    saved(path, content(*rows, device=device, date=f"{date}T00:00:00+00:00"))
+
+
+def test_a_ratio_to_a_baseline_that_waits_for_its_host_is_not_in_the_readme(house):
+    _, path = house
+    on_gpu(path, "2026-02-01", stock=(8.0, 5.7), ours=(6.4, 1.0))
+    on_gpu(path.with_name("z-slow-host.json"), "2026-02-02", stock=(9.4, 9.2), ours=(5.9, 1.0))
+    printed = readme.summary(readme.newest(), [])
+    assert "| a GPU | float32 | base full-128 | 1.00 | 1.2 (" in printed
+    page = readme.everything(readme.newest(), [])
+    assert "| base full-128 | float32 | 1.00 | 1.6 (1.5 to 1.7), host |" in page
+    assert "| base full-128 | float32 | 1.00 | 1.2 (1.2 to 1.3) |" in page
+    path.unlink()
+    assert "full-128" not in readme.summary(readme.newest(), [])
+
+
+def test_each_of_several_batches_is_compared_with_one_sequence(house):
+    """A call of `squad-384` goes through four."""
+    _, path = house
+    for stock, told in ((4 * 6.0, False), (4 * 7.0, True)):
+        on_gpu(path, "2026-02-01", (stock, 5.7), (4.0, 1.0), full="base squad-384")
+        assert ("squad-384" in readme.summary(readme.newest(), [])) == told
+
+
+def test_of_one_sequence_the_row_with_most_rivals_is_in_the_readme(house):
+    _, path = house
+    rivals = ("stock eager", "FlashAttention unpadded")
+    on_gpu(path, "2026-02-01", stock=(8.0, 5.0), ours=(4.0, 1.0), rivals=rivals)
+    on_gpu(path.with_name("newer.json"), "2026-02-02", stock=(8.0, 6.0), ours=(5.0, 1.0))
+    printed = readme.summary(readme.newest(), [])
+    assert "| a GPU | float32 | base batch-1 | 1.00 | 5.0 (" in printed
+    assert "| a GPU | float32 | base full-128 | 1.00 | 1.6 (" in printed  # of the newer one
+    on_gpu(path.with_name("z.json"), "2026-02-03", (8.0, 7.0), (5.0, 1.0), rivals)
+    assert "| base batch-1 | 1.00 | 7.0 (" in readme.summary(readme.newest(), [])
