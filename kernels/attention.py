@@ -1,4 +1,4 @@
-"""Multi-head attention over packed sequences: no padding is stored, read or computed.
+"""Multi-head attention over packed sequences: no padding is read or computed.
 
     o = dropout(softmax(scale * q k^T)) v        for each sequence and head on its own
 
@@ -43,8 +43,8 @@ def softmax(scores, causal):
 
 
 def scales_of(p, start_q, dropout_p, seed):
-    """What dropout multiplies p [n, heads, Lq, Lk] with, whose n * Lq queries are rows start_q and
-    on: like p, in fp32 or wider."""
+    """The factors of dropout for p [n, heads, Lq, Lk], whose n * Lq queries are the rows of q from
+    start_q on: like p, in fp32 or wider."""
     n, heads, Lq, Lk = p.shape
     rows = torch.arange(n * Lq * heads, dtype=torch.int32, device=p.device) + start_q * heads
     rows = rows.view(n, Lq, heads, 1).transpose(1, 2)
@@ -108,8 +108,8 @@ def _attend(
     FP32: tl.constexpr = v.dtype == tl.float32
     s = tl.dot(q, tl.trans(factor_of(k, PRECISION)), input_precision=PRECISION) * qk_scale
     if MASKED or FP32:
-        # Of fp32 always: between them a choice keeps the product with qk_scale and what is taken
-        # off below from being one fma, which would not round s as it was rounded for the maximum.
+        # In fp32 even where nothing is masked: the choice keeps the compiler from fusing the factor
+        # qk_scale and the subtraction below, which would round s otherwise than the maximum.
         s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
@@ -120,8 +120,8 @@ def _attend(
     if hashes is not None:
         p = tl.where(draw(hashes[:, None], offs_n[None, :]) <= most, p, 0.0)
     if FP32:
-        # One chain over all keys would err several times as far as a sum of sums. fma, as Triton
-        # makes one chain of a dot and an addition.
+        # One chain over all keys errs several times as far as a sum of the tiles' sums. As fma,
+        # since Triton would make one chain of a dot and an addition.
         p, v = factor_of(p, PRECISION), factor_of(v, PRECISION)
         acc = tl.fma(acc, rescale[:, None], tl.dot(p, v, input_precision=PRECISION))
     else:
@@ -144,7 +144,7 @@ def _forward_kernel(
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     heads, D, blocks,
     qk_scale,
-    most, factor,
+    most, factor,  # of dropout: the largest draw to keep, 1 / (1 - p)
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -215,19 +215,18 @@ def tuning_key(D, itemsize, drops):
 
 def _config(D, itemsize, drops, arch):
     """Tiles whose shape depends on nothing but D, dtype and the GPU, so that a sequence's bits
-    depend on nothing else either. The fastest that spill no register, as check aot predicts; not
-    yet measured.
+    depend on nothing else either. The fastest that spill no register, as check aot predicts.
     """
     BLOCK_D = max(next_power_of_2(D), 16)
     if itemsize == 4:  # exact fp32 products run on no tensor core: each thread holds its operands
         M, N, warps, stages = (32, 16, 8, 2) if BLOCK_D >= 128 else (64, 32, 8, 2)
     else:
-        # Operands that sm_90 and sm_100 read from shared memory take registers elsewhere.
+        # Unless tensor cores read shared memory (sm_90, sm_100), operands take registers.
         lean = isinstance(arch, int) and not launch.multiplies_from_shared_memory(arch)
         M, N, warps, stages = {128: (128, 32, 8, 2), 256: (64, 32, 8, 2)}.get(
             BLOCK_D, (64, 64, 4, 3) if lean else (128, 64, 8, 3)
         )
-    if isinstance(arch, str) and BLOCK_D <= 32:  # keys of 8 warps of 64 would come 8 bytes a thread
+    if isinstance(arch, str) and BLOCK_D <= 32:  # of 8 warps each thread would load 8 bytes of k
         warps = 4
     config = {
         "BLOCK_M": M, "BLOCK_N": N, "BLOCK_D": BLOCK_D, "num_warps": warps, "num_stages": stages,
@@ -266,7 +265,7 @@ def runs(q, k, cu_seqlens, cu_seqlens_k):
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
     for name, cu, rows in (("cu_seqlens", cu_q, len(q)), ("cu_seqlens_k", cu_k, len(k))):
         if cu[0] != 0 or sorted(cu) != cu:
-            raise ValueError(f"attention: {name} must ascend from 0, got {cu}")
+            raise ValueError(f"attention: {name} must not decrease, and start at 0, got {cu}")
         if cu[-1] > rows:
             raise ValueError(f"attention: {name} must end at {rows} rows or before, got {cu[-1]}")
     lengths = zip(
@@ -394,8 +393,9 @@ def attention(
 
     q             [T, heads, D], fp32, fp16 or bf16, D <= 256
     k, v          [Tk, heads, D], dtype of q
-    cu_seqlens    int32[B + 1], ascending from 0: where each sequence starts in q, then the total
-    max_seqlen    a bound on the queries of one sequence; those past it are not computed on a GPU
+    cu_seqlens    int32[B + 1], non-decreasing from 0: where each sequence starts in q, and the total
+    max_seqlen    a bound on the queries of one sequence; those past it are not computed on a GPU,
+                  and an error on a CPU
     cu_seqlens_k, max_seqlen_k   the same of k and v; None means those of q
     causal        query i of Lq sees keys up to i + Lk - Lq, so the last query sees them all
     scale         factor of the scores; None means D ** -0.5

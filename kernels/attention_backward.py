@@ -324,7 +324,7 @@ def _dkdv_kernel(
 
 # -- launchers ------------------------------------------------------------------------------
 # BLOCK_M, BLOCK_N, warps, stages by BLOCK_D: of _dq_kernel, then of _dkdv_kernel, whose BLOCK_M is
-# no larger. The fastest of those tried that keep the budgets of check aot; not yet measured.
+# no larger. The fastest of those tried that keep the budgets of check aot.
 TILES = {
     "shared": {  # operands of products are read from shared memory
         32: ((128, 64, 8, 2), (128, 64, 4, 2)),

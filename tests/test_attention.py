@@ -91,7 +91,7 @@ def test_sequences_that_do_not_ascend_from_0_are_an_error(wrong):
     q, k, v = torch.randn(3, 8, 2, 16).requires_grad_().unbind()
     right = torch.tensor([0, 5, 8], dtype=torch.int32)
     cu_seqlens = torch.tensor(wrong, dtype=torch.int32)
-    message = re.escape(f"must ascend from 0, got {wrong}")
+    message = re.escape(f"must not decrease, and start at 0, got {wrong}")
     with pytest.raises(ValueError, match=f"cu_seqlens {message}"):
         attention(q, k, v, cu_seqlens, 8)
     with pytest.raises(ValueError, match=f"cu_seqlens_k {message}"):
