@@ -393,7 +393,7 @@ def attention(
 
     q             [T, heads, D], fp32, fp16 or bf16, D <= 256
     k, v          [Tk, heads, D], dtype of q
-    cu_seqlens    int32[B + 1], non-decreasing from 0: where each sequence starts in q, and the total
+    cu_seqlens    int32[B + 1], never decreasing, from 0: where each sequence starts, then the total
     max_seqlen    a bound on the queries of one sequence; those past it are not computed on a GPU,
                   and an error on a CPU
     cu_seqlens_k, max_seqlen_k   the same of k and v; None means those of q
