@@ -117,7 +117,7 @@ def ptx(seconds, found=None):
 
 
 def _compiled_by(path, seconds):
-    """(the compiler's version, exit status, output) of attention."""
+    """(the compiler's version, exit status, output) of attention and its gradients."""
     _, lines = run_limited([str(path), "--version"], 5)
     version = next(iter(re.findall(r"V([\d.]+)", " ".join(lines))), None)
     with tempfile.TemporaryDirectory() as cache:
