@@ -31,6 +31,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .architectures import at
 from .coverage import asked, decodes, is_transformed, reason_of_parts
@@ -112,7 +113,8 @@ def _tables(model):
     places = filter(None, (paths.word, paths.position, paths.token_type))
     weights = [at(model, path).weight for path in places]
     rows = [weight.shape[0] for weight in weights]
-    return (*rows, weights[0].data_ptr()), rows[1] - first_position(model)
+    place = None if isinstance(weights[0], FakeTensor) else weights[0].data_ptr()
+    return (*rows, place), rows[1] - first_position(model)
 
 
 def _size(B):

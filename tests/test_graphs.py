@@ -13,7 +13,9 @@ import weakref
 
 import pytest
 import torch
-from models import B, S, fast_calls, ids_of, masks, stock_model
+import transformers
+from models import B, S, config_of, fast_calls, ids_of, masks, stock_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -669,3 +671,13 @@ def test_after_a_broken_capture_all_goes_on(monkeypatch):
         for _ in range(3):
             assert_same(model, plain, **inputs_of())
         assert count(model) == 1
+
+
+def test_a_model_of_fake_tensors_runs_stock_as_ever():
+    with FakeTensorMode(), torch.device(DEVICE):
+        model = bert_fast.accelerate(transformers.BertModel(config_of()).eval())
+        with torch.no_grad():
+            for _ in range(3):
+                last = model(input_ids=torch.ones(B, S, dtype=torch.long))[0]
+    assert last.shape == (B, S, 64)
+    assert count(model) == 0
