@@ -673,6 +673,7 @@ def test_after_a_broken_capture_all_goes_on(monkeypatch):
         assert count(model) == 1
 
 
+@pytest.mark.filterwarnings("error:Accessing the data pointer")
 def test_a_model_of_fake_tensors_runs_stock_as_ever():
     with FakeTensorMode(), torch.device(DEVICE):
         model = bert_fast.accelerate(transformers.BertModel(config_of()).eval())
