@@ -33,6 +33,7 @@ MODULES = {  # what an encoder may be made of: exactly these, no subclass, and t
         nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, EXACT_GELU,
     }.union(*(architecture.classes() for architecture in ARCHITECTURES))
 }  # fmt: skip
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 CHUNKS = {kind: vars(kind).get("feed_forward_chunk") for kind in MODULES}
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
@@ -169,7 +170,7 @@ def reason_of_model(model):
     stock, forward = model.stock
     if stock.forward is not forward:
         return f"forward replaced on transformers.{stock.__name__}"
-    if any(getattr(nn_module, f"_global{name}", None) for name in HOOKS):
+    if any(getattr(nn_module, name, None) for name in GLOBAL_HOOKS):
         return "global module hooks"
     if reason := _reason_of_stock(model, stock, implementation):
         return reason

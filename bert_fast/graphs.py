@@ -226,7 +226,7 @@ def captured(run, pool, stream):
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
             return graph, run()
-    except Exception:
+    except BaseException:
         _finish_broken_capture(pool, stream)
         raise
     finally:
@@ -285,6 +285,7 @@ class Graphs:
 
     def __init__(self):
         self.off = None  # why no more are recorded
+        self.is_refused = False  # stock served a call that was played: nothing is, till it does not
         self._lock = threading.RLock()
         self._failures = 0
         self._calls = 0
@@ -327,7 +328,7 @@ class Graphs:
         with self._lock:
             self._calls += 1
             graph = self._graphs.get(bucket)
-            if graph is None:
+            if graph is None or self.is_refused:
                 return None
             try:
                 return Played(self._run(bucket, graph, inputs), self._recorded)
@@ -357,6 +358,7 @@ class Graphs:
         """last_hidden_state of a call that the kernels cover: that of the replay, if its graph
         matches the model; else of a new graph; None if none is to be recorded."""
         with self._lock:
+            self.is_refused = False
             self.check(model)
             if played is not None and played.recorded is self._recorded:
                 return played.last
@@ -389,6 +391,7 @@ class Graphs:
                 self._pool = self._pool or _new_pool(device_of(model))
                 graph = self._new_graph(model, bucket, inputs)
         except Exception as error:  # Triton raises classes of its own
+            logger.debug("bert_fast: a recording failed", exc_info=True)
             self._failures += 1
             why = f"{type(error).__name__} while recording, {error}"
             over = self._failures == ATTEMPTS or isinstance(error, torch.OutOfMemoryError)

@@ -106,7 +106,7 @@ class _Encoder:
         if reason is None:
             reason = reason_of_model(self)
             if reason is not None and played is not None:
-                graphs.drop()  # recorded before the model changed
+                graphs.is_refused = True
         if reason is None:
             reason = check(self, given)
         if torch.compiler.is_compiling():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bert_fast.kernels import launch, linear
+from bert_fast.kernels import launch, linear, qkv
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
 file = importlib.import_module("bert_fast.kernels.linear")
@@ -229,3 +229,20 @@ def test_gradients_of_what_is_asked_for_alone(needed):
     y = F.gelu(F.linear(exact["x"], exact["weight"], exact["bias"])) + exact["residual"]
     (truth,) = torch.autograd.grad(y.square().sum(), leaf)
     torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_more_rows_than_the_kernels_count_are_refused():
+    x, weight = torch.empty(2**31, 1, device="meta"), torch.empty(2, 1, device="meta")
+    bias = torch.empty(2, device="meta")
+    for name, multiply in (
+        ("linear", lambda: linear(x, weight, bias)),
+        ("qkv", lambda: qkv(x, *(weight, bias) * 3)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: x must have less than 2\^31 rows, got"):
+            multiply()
+
+
+def test_rows_that_overlap_get_no_tensor_descriptor():
+    x = torch.zeros(1, 64).expand(128, 64)
+    assert not file._describable(90, False, (x, x.stride(0)))
+    assert file._describable(90, False, (x.contiguous(), 64))
