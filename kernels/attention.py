@@ -79,8 +79,21 @@ def hash_queries(seed_ptr, queries, h, heads):
 
 
 @triton.jit
+def subtrahend(m, qk_scale, FP32: tl.constexpr):
+    """What exp_of takes for m: in 16 bits s * qk_scale - m * qk_scale is one fma for each number of
+    s. In fp32 the maximum is subtracted first, so that its own exp is 1 and not 1 + 3e-5."""
+    return m if FP32 else m * qk_scale
+
+
+@triton.jit
+def exp_of(s, m, qk_scale, FP32: tl.constexpr):
+    """exp(scale * (s - m)) of s = q k^T, given subtrahend(m)."""
+    return tl.exp2((s - m) * qk_scale if FP32 else s * qk_scale - m)
+
+
+@triton.jit
 def _attend(
-    acc, m, l,  # [BLOCK_M, BLOCK_D], [BLOCK_M], [BLOCK_M]: sum of p v, maximum score, sum of p
+    acc, m, l,  # [BLOCK_M, BLOCK_D], [BLOCK_M], [BLOCK_M]: sum of p v, maximum of q k^T, sum of p
     q,  # [BLOCK_M, BLOCK_D]
     k_ptr, v_ptr,  # first key and value of this sequence and head
     stride_kt, stride_vt,
@@ -89,7 +102,7 @@ def _attend(
     last,  # [BLOCK_M]: last key that a query sees
     hashes, most,  # for dropout: [BLOCK_M] of rows, or None without; and the largest draw to keep
     D,
-    qk_scale,  # scale * log2(e): exp2 is one instruction, exp is five
+    qk_scale,  # |scale| * log2(e)
     MASKED: tl.constexpr,  # the tile has keys that some query must not see
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -106,16 +119,14 @@ def _attend(
     v = tl.load(v_ptr + rows_n * stride_vt + offs_d[None, :], mask=mask, other=0.0)
 
     FP32: tl.constexpr = v.dtype == tl.float32
-    s = tl.dot(q, tl.trans(factor_of(k, PRECISION)), input_precision=PRECISION) * qk_scale
-    if MASKED or FP32:
-        # In fp32 even where nothing is masked: the choice keeps the compiler from fusing the factor
-        # qk_scale and the subtraction below, which would round s otherwise than the maximum.
+    s = tl.dot(q, tl.trans(factor_of(k, PRECISION)), input_precision=PRECISION)
+    if MASKED:
         s = tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
     # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
     m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_finite[:, None])
-    rescale = tl.exp2(m - m_finite)
+    p = exp_of(s, subtrahend(m_finite, qk_scale, FP32)[:, None], qk_scale, FP32)
+    rescale = tl.exp2((m - m_finite) * qk_scale)
     l = l * rescale + tl.sum(p, 1)
     if hashes is not None:
         p = tl.where(draw(hashes[:, None], offs_n[None, :]) <= most, p, 0.0)
@@ -143,7 +154,7 @@ def _forward_kernel(
     o_ptr,  # [T, heads, D], contiguous
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     heads, D, blocks,
-    qk_scale,
+    sign, qk_scale,  # see sign_and_scale
     most, factor,  # of dropout: the largest draw to keep, 1 / (1 - p)
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -169,7 +180,7 @@ def _forward_kernel(
     rows_m = (start_q + offs_m)[:, None]
     q_ptr += h.to(tl.int64) * stride_qh
     q = tl.load(q_ptr + rows_m * stride_qt + offs_d[None, :], mask=mask_md, other=0.0)
-    q = factor_of(q, PRECISION)
+    q = factor_of((q * sign).to(q.dtype), PRECISION)  # the largest product is the largest score
 
     hashes = None
     if seed_ptr is not None:
@@ -195,13 +206,14 @@ def _forward_kernel(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
             hashes, most, D, qk_scale, False, PRECISION, BLOCK_N, BLOCK_D,
         )
-    for start_n in range(full, end, BLOCK_N):
+    # Seldom more than one tile: to load it ahead would only lengthen the code.
+    for start_n in tl.range(full, end, BLOCK_N, num_stages=1):
         acc, m, l = _attend(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
             hashes, most, D, qk_scale, True, PRECISION, BLOCK_N, BLOCK_D,
         )
 
-    o = acc / tl.where(l == 0.0, 1.0, l)[:, None] * factor  # of dropout, 1 without
+    o = acc * (factor / tl.where(l == 0.0, 1.0, l))[:, None]  # factor is 1 without dropout
     o_ptr += rows_m * (heads * D) + h * D
     tl.store(o_ptr + offs_d[None, :], o, mask=mask_md)
 
@@ -239,6 +251,12 @@ def unit_stride(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+def sign_and_scale(scale):
+    """What kernels take of it: its sign, by which q is multiplied, and |scale| * log2(e), as exp2 is
+    one instruction and exp five. Of 0: 0 and what is not 0, since -inf * 0 would be NaN."""
+    return (scale > 0) - (scale < 0), (abs(scale) or 1.0) * LOG2E
+
+
 def _forward(
     o, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, dropout_p, seed
 ):
@@ -254,7 +272,7 @@ def _forward(
             _forward_kernel, programs,
             q, k, v, cu_seqlens, cu_seqlens_k, seed, o,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            heads, D, blocks, scale * LOG2E, most(dropout_p), factor(dropout_p),
+            heads, D, blocks, *sign_and_scale(scale), most(dropout_p), factor(dropout_p),
             CAUSAL=causal, PRECISION=launch.precision(q), **config,
         )
 

@@ -23,13 +23,15 @@ import torch
 
 from . import launch
 from .attention import (
-    LOG2E,
     batch_of,
     check_sequences,
+    exp_of,
     hash_queries,
     runs,
     scales_of,
+    sign_and_scale,
     softmax,
+    subtrahend,
     tuning_key,
     unit_stride,
 )
@@ -96,9 +98,9 @@ def _load_rows(
 
 
 @triton.jit
-def _scores(q, k, start_n, last, qk_scale, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N], in units of log 2; -inf where a query does not see a key."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * qk_scale
+def _products(q, k, start_n, last, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr):
+    """q k^T [BLOCK_M, BLOCK_N]; -inf where a query does not see a key."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     return tl.where(offs_n[None, :] <= last[:, None], s, float("-inf"))
 
@@ -150,12 +152,12 @@ def _dq_kernel(
     cu_seqlens_k_ptr,  # [B + 1]
     seed_ptr,  # [1]; None without dropout
     dq_ptr,  # [T, heads, D], contiguous
-    lse_ptr,  # [heads, rows] in fp32: log2 of the sum of exp2 of a query's scores; 0 without any
+    lse_ptr,  # [heads, rows] in fp32: subtrahend of the logsumexp of scores, / scale; 0 without any
     delta_ptr,  # [heads, rows] in fp32
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, B, rows, heads, D, blocks,
     scale,
-    qk_scale,  # scale * log2(e)
+    sign, qk_scale,  # as in attention
     most, factor,  # of dropout
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -184,6 +186,7 @@ def _dq_kernel(
 
     do = _load_rows(do_ptr, stride_dot, start_m, length_q, D, PRECISION, BLOCK_M, BLOCK_D)
     q = _load_rows(q_ptr, stride_qt, start_m, length_q, D, PRECISION, BLOCK_M, BLOCK_D)
+    q = (q * sign).to(q.dtype)
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
     end = length_k
@@ -197,31 +200,32 @@ def _dq_kernel(
     if seed_ptr is not None:
         hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # maximum of the scores
-    l = tl.zeros([BLOCK_M], tl.float32)  # sum of exp2(score - m)
+    FP32: tl.constexpr = q.dtype == tl.float32
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # maximum of q k^T
+    l = tl.zeros([BLOCK_M], tl.float32)  # sum of exp(score - maximum)
     delta = tl.zeros([BLOCK_M], tl.float32)  # the same, each times dp
     for start_n in range(0, end, BLOCK_N):
         k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
-        s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
+        s = _products(q, k, start_n, last, PRECISION, BLOCK_N)
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
         m_new = tl.maximum(m, tl.max(s, 1))
         # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_finite[:, None])
-        rescale = tl.exp2(m - m_finite)
+        p = exp_of(s, subtrahend(m_finite, qk_scale, FP32)[:, None], qk_scale, FP32)
+        rescale = tl.exp2((m - m_finite) * qk_scale)
         l = l * rescale + tl.sum(p, 1)
         delta = delta * rescale + tl.sum(p * dp, 1)
         m = m_new
-    lse = tl.where(l == 0.0, 0.0, m + tl.log2(l))
+    lse = tl.where(l == 0.0, 0.0, subtrahend(m + tl.log2(l) / qk_scale, qk_scale, FP32))
     delta /= tl.where(l == 0.0, 1.0, l)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(0, end, BLOCK_N):
         k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
-        s = _scores(q, k, start_n, last, qk_scale, PRECISION, BLOCK_N)
-        p = tl.exp2(s - lse[:, None])
+        s = _products(q, k, start_n, last, PRECISION, BLOCK_N)
+        p = exp_of(s, lse[:, None], qk_scale, FP32)
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
         # Scaled here, as of a loop without that Triton 3.6 makes wgmma that wait for each other.
         ds = p * (dp - delta[:, None]) * scale
@@ -251,7 +255,7 @@ def _dkdv_kernel(
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     Tk, B, rows, heads, D, blocks,
     scale,
-    qk_scale,
+    sign, qk_scale,
     most, factor,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -282,12 +286,13 @@ def _dkdv_kernel(
     delta_ptr += h * rows + _first_row(b, start_q)
 
     k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
+    k = (k * sign).to(k.dtype)  # not q, of which dk is made too
     v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < length_k
     shift = length_k - length_q
     # Earlier queries see none of these keys.
     start = tl.maximum(start_n - shift, 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
+    FP32: tl.constexpr = k.dtype == tl.float32
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start_m in range(start, length_q, BLOCK_M):
@@ -297,12 +302,10 @@ def _dkdv_kernel(
         # Past the end they are those of queries of zeros, which q and do are there.
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * qk_scale
-        visible = offs_n[:, None] <= (offs_m + shift)[None, :] if CAUSAL else mask_n[:, None]
-        if CAUSAL or v.dtype == tl.float32:
-            # As in attention, of fp32 always: s is rounded, as it was for lse, before lse is off.
-            s = tl.where(visible, s, float("-inf"))
-        p = tl.exp2(s - lse[None, :])
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if CAUSAL:
+            s = tl.where(offs_n[:, None] <= (offs_m + shift)[None, :], s, float("-inf"))
+        p = exp_of(s, lse[None, :], qk_scale, FP32)
         dropped = p
         if seed_ptr is not None:
             hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)
@@ -316,7 +319,7 @@ def _dkdv_kernel(
         dk = _add_product(dk, ds.to(q.dtype), q, PRECISION)
 
     offs_d = tl.arange(0, BLOCK_D)
-    mask = mask_n[:, None] & (offs_d < D)[None, :]
+    mask = (offs_n < length_k)[:, None] & (offs_d < D)[None, :]
     offsets = (start_k + offs_n)[:, None] * (heads * D) + h * D + offs_d[None, :]
     tl.store(dk_ptr + offsets, dk * scale, mask=mask)
     tl.store(dv_ptr + offsets, dv, mask=mask)
@@ -395,7 +398,7 @@ def _backward(
     lse, delta = q.new_empty(2, heads, rows, dtype=torch.float32)
     form = {"CAUSAL": causal, "PRECISION": launch.precision(q)}
     strides = [s for t in (do, q, k, v) for s in t.stride()[:2]]
-    scales = scale, scale * LOG2E, most(dropout_p), factor(dropout_p)
+    scales = scale, *sign_and_scale(scale), most(dropout_p), factor(dropout_p)
 
     of_q, of_k = _configs(D, q.itemsize, seed is not None, launch.arch())
     blocks = max(ceil_div(max_seqlen, of_q["BLOCK_M"]), 1)
