@@ -206,8 +206,10 @@ def _forward_kernel(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
             hashes, most, D, qk_scale, False, PRECISION, BLOCK_N, BLOCK_D,
         )
-    # Seldom more than one tile: to load it ahead would only lengthen the code.
-    for start_n in tl.range(full, end, BLOCK_N, num_stages=1):
+    # Seldom more than one tile: to load it ahead would only lengthen the code, but in fp32 the code
+    # for a tile that is not loaded ahead spills.
+    ahead: tl.constexpr = None if q.dtype == tl.float32 else 1
+    for start_n in tl.range(full, end, BLOCK_N, num_stages=ahead):
         acc, m, l = _attend(
             acc, m, l, q, k_ptr, v_ptr, stride_kt, stride_vt, start_n, length_k, last,
             hashes, most, D, qk_scale, True, PRECISION, BLOCK_N, BLOCK_D,
@@ -516,6 +518,8 @@ SPEC = Spec(
         {"lengths": (17,), "D": 256, "heads": 1},
         {"lengths": (31, 7), "scale": 1.0},  # near one-hot
         {"lengths": (1, 1, 1, 65), "heads": 3, "scale": 30.0},  # exp2 of scores would be 0 or inf
+        {"lengths": (3, 70), "heads": 1, "scale": -0.5},
+        {"lengths": (5,), "lengths_k": (33,), "heads": 1, "D": 16, "scale": 0.0},
         {"lengths": (3,), "lengths_k": (8192,), "heads": 1, "D": 16},
         {"lengths": (40, 66), "heads": 3, "D": 32, "dropout_p": 0.5},
         {"lengths": (3, 70), "lengths_k": (65, 2), "causal": True, "dropout_p": 0.1},

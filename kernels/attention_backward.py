@@ -524,6 +524,8 @@ SPEC = Spec(
         {"lengths": (17,), "D": 256, "heads": 1},
         {"lengths": (31, 7), "heads": 1, "scale": 1.0},  # near one-hot
         {"lengths": (1, 65), "heads": 1, "scale": 30.0},
+        {"lengths": (3, 40), "heads": 1, "D": 16, "scale": -0.5},
+        {"lengths": (5,), "lengths_k": (33,), "heads": 1, "D": 16, "scale": 0.0},
         {"lengths": (3,), "lengths_k": (700,), "heads": 1, "D": 16},
         {"lengths": (700,), "lengths_k": (3,), "heads": 1, "D": 16},
         {"lengths": (5, 66), "D": 16, "dropout_p": 0.5},
