@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .architectures import ARCHITECTURES, at
-from .encoder import asks_for_gradients, checkpoints
+from .encoder import asks_for_gradients, checkpoints, keeps_no_cache
 from .kernels import missing
 from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
@@ -120,7 +120,7 @@ def _reason_of_cache(model, inputs):
     """The kernels fill a new cache; attending to a filled one is left to stock."""
     if caches(model, inputs) and torch.compiler.is_compiling():
         return "use_cache in a decoder under torch.compile"
-    if caches(model, inputs) and any(map(checkpoints, layers_of(model))):
+    if caches(model, inputs) and any(map(keeps_no_cache, layers_of(model))):
         return "use_cache with gradient checkpointing"
     cache = inputs.past_key_values
     if cache is None:
