@@ -269,9 +269,9 @@ def reason_of_parts(model):
 
 
 def asked(model, kwargs, name):
-    """An output_... flag of this call, which may come from the config."""
-    value = kwargs.get(name)
-    return setting(model, name) if value is None else value
+    """An output_... flag of this call, or the config's if the call does not have it. As in stock, a
+    flag of None has been given."""
+    return kwargs[name] if name in kwargs else setting(model, name)
 
 
 def _first_reason(model, dtype, device):

@@ -199,6 +199,16 @@ def test_hidden_states_and_tuples_are_those_of_stock(device):
         torch.testing.assert_close(a[mask != 0], b[mask != 0], atol=1e-5, rtol=0)
 
 
+def test_a_flag_of_none_is_not_taken_from_the_config(device):
+    stock = stock_model(device=device, output_hidden_states=True, output_attentions=True, **FEW)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    flags = {"output_hidden_states": None, "output_attentions": None}
+    with torch.no_grad():
+        ours, theirs = (m(ids_of(device), **flags) for m in (fast, stock))
+    assert_ran_fast(fast)
+    assert ours.keys() == theirs.keys()
+
+
 def test_a_decoder_without_cache_attends_causally(device):
     stock = stock_model("BertLMHeadModel", device, is_decoder=True, **FEW)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
