@@ -122,6 +122,18 @@ def test_the_bits_of_a_sequence_do_not_depend_on_its_batch(device, dtype):
             assert torch.equal(ours, alone[batch, :width])
 
 
+def test_the_default_device_is_not_the_model_s(device):
+    fast = bert_fast.accelerate(stock_model(device=device, **FEW)).train()
+    ids, mask = ids_of(device), masks(device)["holes"]
+    outputs = []
+    for default in (device, "meta"):
+        torch.manual_seed(0)
+        with torch.device(default):
+            outputs.append(fast(ids, mask).last_hidden_state)
+    assert torch.equal(*outputs)
+    outputs[1].sum().backward()
+
+
 def test_gradients_reach_inputs_embeds(device):
     stock = stock_model(device=device, **FEW).requires_grad_(False)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
