@@ -34,7 +34,7 @@ MODULES = {  # what an encoder may be made of: exactly these, no subclass, and t
     }.union(*(architecture.classes() for architecture in ARCHITECTURES))
 }  # fmt: skip
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
-CHUNKS = {kind: vars(kind).get("feed_forward_chunk") for kind in MODULES}
+CHUNKS = {kind: getattr(kind, "feed_forward_chunk", None) for kind in MODULES}
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
 }  # fmt: skip
@@ -333,7 +333,8 @@ def _reason_of_layer(architecture, layer, heads, is_decoder):
     if getattr(layer, "is_decoder", False) != is_decoder:
         return f"config.is_decoder is {is_decoder}, and was not when the model was made"
     kind = type(layer)
-    if kind.__dict__.get("feed_forward_chunk") is not CHUNKS[kind] or (
+    # Not kind.__dict__: dynamo reads none once a dict has changed, as keywords do in a head.
+    if getattr(kind, "feed_forward_chunk", None) is not CHUNKS[kind] or (
         "feed_forward_chunk" in layer.__dict__
     ):
         return "feed_forward_chunk replaced"

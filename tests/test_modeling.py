@@ -265,6 +265,15 @@ def test_torch_compile_gives_one_graph_with_equal_results(gradients, device):
                     torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "DistilBertForMaskedLM"])
+@torch.no_grad()
+def test_torch_compile_takes_return_dict_of_a_head_in_one_graph(name, device):
+    fast = bert_fast.accelerate(stock_model(name, device, **FEW))
+    compiled = torch.compile(copy.deepcopy(fast), backend="aot_eager", fullgraph=True)
+    ours, eager = (m(ids_of(device), return_dict=False)[0] for m in (compiled, fast))
+    torch.testing.assert_close(ours, eager, atol=1e-5, rtol=0)
+
+
 def test_inference_mode_then_training_works_on_one_model(device):
     fast = bert_fast.accelerate(stock_model(device=device, **FEW))
     with torch.inference_mode():
