@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .architectures import ARCHITECTURES, at
-from .encoder import asks_for_gradients, checkpoints
+from .encoder import asks_for_gradients, checkpoints, keeps_no_cache
 from .kernels import missing
 from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
@@ -34,7 +34,7 @@ MODULES = {  # what an encoder may be made of: exactly these, no subclass, and t
     }.union(*(architecture.classes() for architecture in ARCHITECTURES))
 }  # fmt: skip
 GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
-CHUNKS = {kind: vars(kind).get("feed_forward_chunk") for kind in MODULES}
+CHUNKS = {kind: getattr(kind, "feed_forward_chunk", None) for kind in MODULES}
 ATTENTIONS = {
     "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast", None,
 }  # fmt: skip
@@ -120,7 +120,7 @@ def _reason_of_cache(model, inputs):
     """The kernels fill a new cache; attending to a filled one is left to stock."""
     if caches(model, inputs) and torch.compiler.is_compiling():
         return "use_cache in a decoder under torch.compile"
-    if caches(model, inputs) and any(map(checkpoints, layers_of(model))):
+    if caches(model, inputs) and any(map(keeps_no_cache, layers_of(model))):
         return "use_cache with gradient checkpointing"
     cache = inputs.past_key_values
     if cache is None:
@@ -269,9 +269,9 @@ def reason_of_parts(model):
 
 
 def asked(model, kwargs, name):
-    """An output_... flag of this call, which may come from the config."""
-    value = kwargs.get(name)
-    return setting(model, name) if value is None else value
+    """An output_... flag of this call, or the config's if the call does not have it. As in stock, a
+    flag of None has been given."""
+    return kwargs[name] if name in kwargs else setting(model, name)
 
 
 def _first_reason(model, dtype, device):
@@ -333,7 +333,8 @@ def _reason_of_layer(architecture, layer, heads, is_decoder):
     if getattr(layer, "is_decoder", False) != is_decoder:
         return f"config.is_decoder is {is_decoder}, and was not when the model was made"
     kind = type(layer)
-    if kind.__dict__.get("feed_forward_chunk") is not CHUNKS[kind] or (
+    # Not kind.__dict__: dynamo reads none once a dict has changed, as keywords do in a head.
+    if getattr(kind, "feed_forward_chunk", None) is not CHUNKS[kind] or (
         "feed_forward_chunk" in layer.__dict__
     ):
         return "feed_forward_chunk replaced"

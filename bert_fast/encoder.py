@@ -183,9 +183,14 @@ def _settings(part, feed_forward, x, tokens, seeds, causal):
 
 
 def checkpoints(layer):
-    """Whether gradient checkpointing is on for a layer, where transformers keeps that flag."""
-    on = layer.__dict__.get("gradient_checkpointing", False)
-    return on and layer.training and torch.is_grad_enabled()
+    """Whether a layer runs with gradient checkpointing now."""
+    return keeps_no_cache(layer) and torch.is_grad_enabled()
+
+
+def keeps_no_cache(layer):
+    """Whether gradient checkpointing is on for a layer, where transformers keeps that flag: stock
+    then drops the cache, with gradients or without."""
+    return layer.__dict__.get("gradient_checkpointing", False) and layer.training
 
 
 def checkpointed(architecture, layer, x, tokens, seeds, causal, memory=None):

@@ -271,7 +271,11 @@ class _Embedding(torch.autograd.Function):
         *tensors, _, padding_idx, eps, num_tokens = args
         ctx.save_for_backward(*tensors, num_tokens)
         ctx.padding_idx, ctx.eps = padding_idx, eps
-        return _embedding(*args)
+        try:
+            return _embedding(*args)
+        except ValueError:
+            ctx = None  # else an error that is kept, as notebooks do, keeps a graph of old tables
+            raise
 
     @staticmethod
     @once_differentiable

@@ -184,10 +184,12 @@ def test_nothing_runs_twice_where_there_is_no_backward_or_no_training(grad, devi
     assert_ran_fast(model)
 
 
-def test_a_cache_with_checkpointing_is_left_to_stock(device):
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_cache_with_checkpointing_is_left_to_stock(grad, device):
     model = bert_fast.accelerate(stock_model(device=device, is_decoder=True)).train()
     turn_on(model)
-    model(ids_of(device), use_cache=True)
+    with torch.set_grad_enabled(grad):
+        assert "past_key_values" not in model(ids_of(device), use_cache=True)
     assert_ran_stock(model, "use_cache with gradient checkpointing")
 
 

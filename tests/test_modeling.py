@@ -122,6 +122,18 @@ def test_the_bits_of_a_sequence_do_not_depend_on_its_batch(device, dtype):
             assert torch.equal(ours, alone[batch, :width])
 
 
+def test_the_default_device_is_not_the_model_s(device):
+    fast = bert_fast.accelerate(stock_model(device=device, **FEW)).train()
+    ids, mask = ids_of(device), masks(device)["holes"]
+    outputs = []
+    for default in (device, "meta"):
+        torch.manual_seed(0)
+        with torch.device(default):
+            outputs.append(fast(ids, mask).last_hidden_state)
+    assert torch.equal(*outputs)
+    outputs[1].sum().backward()
+
+
 def test_gradients_reach_inputs_embeds(device):
     stock = stock_model(device=device, **FEW).requires_grad_(False)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
@@ -199,6 +211,16 @@ def test_hidden_states_and_tuples_are_those_of_stock(device):
         torch.testing.assert_close(a[mask != 0], b[mask != 0], atol=1e-5, rtol=0)
 
 
+def test_a_flag_of_none_is_not_taken_from_the_config(device):
+    stock = stock_model(device=device, output_hidden_states=True, output_attentions=True, **FEW)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    flags = {"output_hidden_states": None, "output_attentions": None}
+    with torch.no_grad():
+        ours, theirs = (m(ids_of(device), **flags) for m in (fast, stock))
+    assert_ran_fast(fast)
+    assert ours.keys() == theirs.keys()
+
+
 def test_a_decoder_without_cache_attends_causally(device):
     stock = stock_model("BertLMHeadModel", device, is_decoder=True, **FEW)
     fast = bert_fast.accelerate(copy.deepcopy(stock))
@@ -241,6 +263,15 @@ def test_torch_compile_gives_one_graph_with_equal_results(gradients, device):
             for p, q in pairs:
                 if q.grad is not None:
                     torch.testing.assert_close(p.grad, q.grad, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "DistilBertForMaskedLM"])
+@torch.no_grad()
+def test_torch_compile_takes_return_dict_of_a_head_in_one_graph(name, device):
+    fast = bert_fast.accelerate(stock_model(name, device, **FEW))
+    compiled = torch.compile(copy.deepcopy(fast), backend="aot_eager", fullgraph=True)
+    ours, eager = (m(ids_of(device), return_dict=False)[0] for m in (compiled, fast))
+    torch.testing.assert_close(ours, eager, atol=1e-5, rtol=0)
 
 
 def test_inference_mode_then_training_works_on_one_model(device):

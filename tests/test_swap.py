@@ -445,6 +445,20 @@ def test_an_id_outside_its_table_is_an_error_that_says_which(message):
     assert_error(message, BAD_IDS[message], "cpu")
 
 
+@pytest.mark.skipif(
+    INTERPRET or torch.cuda.is_available(), reason="a kernel answers with a device-side assertion"
+)
+@pytest.mark.parametrize("name", ["BertModel", "RobertaModel"])
+def test_a_table_may_be_resized_after_an_id_outside_it(name):
+    fast = bert_fast.accelerate(stock_model(name))
+    with pytest.raises(ValueError) as kept:
+        fast(ids_of() + 1)
+    fast.resize_token_embeddings(100)
+    fast(ids_of() + 1).last_hidden_state.sum().backward()
+    assert fast.get_input_embeddings().weight.grad.shape == (100, 64)
+    assert "input_ids must be in 0 to 98" in str(kept.value)
+
+
 def test_an_empty_batch_gives_an_empty_result(device):
     fast = bert_fast.accelerate(stock_model(device=device))
     out = fast(ids_of(device)[:0], torch.ones(0, S, device=device))
