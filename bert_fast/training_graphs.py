@@ -68,14 +68,14 @@ class _Graph(graphs.Graph):
         self.flat, self._all = flat, parameters
         grads = _parts(flat, parameters)
         # Kept alive: a weight may be given other memory while a backward is still to come.
-        encode, self._leaves = _on_leaves_of_its_own(model, parameters)
+        model, self._leaves = _on_leaves_of_its_own(model, parameters)
         with torch.inference_mode(False):
             static = self._hold(bucket, inputs, flat.device)
             shape = bucket.B, bucket.S, model.config.hidden_size
             self.dlast = torch.zeros(shape, dtype=flat.dtype, device=flat.device)
 
             def forward():
-                return encode(static)
+                return model._encode(static, static=True)[0]
 
             def backward(last):
                 # Retained, as it may run again: else its results would reuse the memory it reads.
@@ -99,28 +99,22 @@ class _Graph(graphs.Graph):
         return [grads[i] for i in self._used]
 
 
-class _Encoding(torch.nn.Module):
-    """The encoder's forward as a module's, for functional_call."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs):
-        return self.model._encode(inputs, static=True)[0]
-
-
 def _on_leaves_of_its_own(model, parameters):
-    """(forward(Inputs), the leaves that it uses in place of parameters, in the same memory).
+    """(a copy of the model's modules that uses other leaves in place of parameters, in the same
+    memory; these leaves).
 
     autograd remembers the stream in which it first saw a leaf, as long as any output of it is
     alive, and synchronizes streams when a backward reaches the leaf. If the loss of an earlier step
     is still alive, that is not the stream of the recording, which would therefore fail."""
-    names = {id(p): f"model.{name}" for name, p in model.named_parameters()}
-    leaves = [p.detach().requires_grad_() for p in parameters]
-    given = {names[id(p)]: leaf for p, leaf in zip(parameters, leaves)}
-    encoding = _Encoding(model)
-    return lambda inputs: torch.func.functional_call(encoding, given, (inputs,)), leaves
+    leaves = {p: p.detach().requires_grad_() for p in parameters}
+
+    def copied(module):
+        copy = module._replicate_for_data_parallel()  # without parameters
+        copy._parameters = {name: leaves.get(p, p) for name, p in module._parameters.items()}
+        copy._modules = {name: m and copied(m) for name, m in module._modules.items()}
+        return copy
+
+    return copied(model), list(leaves.values())
 
 
 def _parts(flat, tensors):

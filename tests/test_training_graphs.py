@@ -14,7 +14,7 @@ from models import B, fast_calls, ids_of, masks
 from test_graphs import DEVICE, GPU, Recording, a_stand_in, count, encoder_of, inputs_of, pair
 
 import bert_fast
-from bert_fast import graphs, training_graphs
+from bert_fast import graphs, modeling, training_graphs
 from bert_fast.training_graphs import training_graphs_of
 
 assert a_stand_in  # a fixture, used by every test here too
@@ -160,6 +160,38 @@ def test_what_is_recorded_comes_to_no_parameter(monkeypatch):
     assert training_graphs_of(model).count == 1 and len(found) > 30
     parameters = {p.data_ptr(): p for p in model.parameters()}
     assert not any(leaf is parameters[leaf.data_ptr()] for leaf in found)
+
+
+def share_a_layer(model):
+    model.encoder.layer[1] = model.encoder.layer[0]
+
+
+def share_a_weight(model):
+    model.encoder.layer[1].output.dense.weight = model.encoder.layer[0].output.dense.weight
+
+
+@pytest.mark.parametrize("share", [share_a_layer, share_a_weight])
+def test_what_is_in_two_places_of_a_model_stays_a_parameter_and_gets_both_gradients(share):
+    plain, model = trained_pair()
+    share(plain), share(model)
+    parameters = list(model.parameters())
+    for _ in range(3):
+        assert_same_step(model, plain, **inputs_of())
+    assert replayed == ["forward", "backward"] * 2
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+
+
+def test_a_model_keeps_its_parameters_while_it_is_recorded(monkeypatch):
+    """Another thread may be in the middle of a forward, whose gradients would be lost."""
+    _, model = trained_pair()
+    parameters = list(model.parameters())
+    found, embed = [], modeling.embed
+    monkeypatch.setattr(
+        modeling, "embed", lambda *args: found.append(list(model.parameters())) or embed(*args)
+    )
+    step(model, **inputs_of()), step(model, **inputs_of())
+    assert replayed and len(found) > 1
+    assert all(p is q for now in found for p, q in zip(now, parameters, strict=True))
 
 
 def test_gradients_of_several_steps_add_up_and_stay():
