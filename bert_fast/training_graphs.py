@@ -142,8 +142,12 @@ class _Step:
 
     def __init__(self, graphs, graph):
         self.graphs, self.graph = graphs, graph
-        self.versions = [p._version for p in graph.parameters]
+        self.weights = graphs._listed  # the backward reads what is not trained, too
+        self.versions = self._versions_now()
         self.is_done = False
+
+    def _versions_now(self):
+        return [None if t.is_inference() else t._version for t in self.weights]
 
     def backward(self, dlast):
         if self.is_done:
@@ -151,7 +155,7 @@ class _Step:
                 "bert_fast: what this backward needs is gone, as a backward has run before;"
                 " give the first retain_graph=True"
             )
-        if [p._version for p in self.graph.parameters] != self.versions:
+        if self._versions_now() != self.versions:
             raise RuntimeError(
                 "bert_fast: a weight has been written to since the forward whose gradients are"
                 " asked for; step the optimizer after the backward"

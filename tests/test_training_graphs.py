@@ -277,6 +277,19 @@ def test_a_backward_after_what_it_needs_is_gone_is_an_error():
         last.sum().backward()
 
 
+def test_a_frozen_weight_that_is_written_to_before_the_backward_is_an_error():
+    """As in stock: gradients of layers below are computed from it."""
+    _, model = trained_pair()
+    weight = model.encoder.layer[1].output.dense.weight.requires_grad_(False)
+    step(model, **inputs_of()), step(model, **inputs_of())
+    last = model(**inputs_of()).last_hidden_state
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="a weight has been written to"):
+        last.sum().backward()
+    assert replayed == ["forward", "backward", "forward"]
+
+
 def test_a_second_derivative_is_an_error():
     _, model = trained_pair()
     step(model, **inputs_of())
