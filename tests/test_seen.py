@@ -142,6 +142,16 @@ def test_a_change_after_a_call_is_seen(change, versions, model, monkeypatch):
     assert seen(model) is None  # or it would keep what is gone
 
 
+def test_numbers_given_to_a_buffer_by_its_data_are_seen(model):
+    model.embeddings.position_ids.data = model.embeddings.position_ids.flip(1)
+    assert "position_ids with other numbers" in coverage.reason_of_model(model)
+
+
+def test_a_buffer_may_be_anywhere_or_nowhere(model):
+    model.encoder.register_buffer("mine", torch.eye(3).to_sparse())
+    assert coverage.reason_of_model(model) is None and seen(model) is not None
+
+
 def test_numbers_written_into_a_buffer_are_seen(model):
     model.embeddings.position_ids[0, 3] = 7
     assert "position_ids with other numbers" in coverage.reason_of_model(model)
