@@ -375,6 +375,8 @@ def _reason_of_module(module, dtype, place):
             type(p) is FakeTensor and torch.compiler.is_compiling()  # torch.export's, for a weight
         ):
             return f"weights of type {type(p).__name__}"
+        if p.layout is not torch.strided:
+            return f"{p.layout} weights"
         if p.dtype is not dtype or (p.get_device(), p.is_meta) != place:
             return f"{p.dtype} on {p.device} beside {dtype} on the model's device"
     if kind is nn.Embedding:

@@ -64,6 +64,11 @@ def another_weight(layer, monkeypatch):
     dense.weight = OwnParameter(dense.weight.detach())
 
 
+def sparse_weight(layer, monkeypatch):
+    dense = layer.output.dense
+    dense.weight = nn.Parameter(dense.weight.detach().to_sparse())
+
+
 def another_dtype(layer, monkeypatch):
     layer.output.dense.weight.data = layer.output.dense.weight.double()
 
@@ -110,6 +115,7 @@ REASONS = {
     a_child_more: "encoder.layer.1.output.dense.inner: test_seen.Own",
     another_class: "encoder.layer.1.output.dense: test_seen.Own",
     another_weight: "encoder.layer.1.output.dense: weights of type OwnParameter",
+    sparse_weight: "encoder.layer.1.output.dense: torch.sparse_coo weights",
     another_dtype: "encoder.layer.1.output.dense: torch.float64",
     another_dtype_in_place: "encoder.layer.1.output.dense: torch.float16",
     a_part: "encoder.layer.1: pruned heads",
