@@ -10,8 +10,10 @@ Off by default; accelerate(model, training_graphs=True) turns them on: no GPU ha
 
 Which calls     those that graphs.py would record, but with gradients, and under autocast too. Not
                 with inputs_embeds that require gradients, gradient checkpointing, hooks on the
-                word embedding or on saved tensors, or anomaly detection; nor in a process group, as
-                all gradients arrive at once, leaving no computation to overlap their exchange with.
+                word embedding or on saved tensors, or anomaly detection; nor inside a backward,
+                whose thread the recording of another model may be waiting for; nor in a process
+                group, as all gradients arrive at once, leaving no computation to overlap their
+                exchange with.
 One at a time   Each forward overwrites what the previous one saved. So while an output is alive and
                 its backward has not run (two texts per step, an output that is kept), further calls
                 run without a graph. A backward with retain_graph may run again until the output is
@@ -39,6 +41,8 @@ from .seen import seen
 # Whether the running backward has retain_graph=True; private to torch. Assumed true without it.
 _keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
+# The backward that runs in this thread, or -1.
+_running = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 # The saved-tensor hooks of torch.utils.checkpoint, save_on_cpu and the like, or None.
 _saves_elsewhere = getattr(
@@ -54,6 +58,7 @@ def _may_record(model, inputs):
         or word._forward_hooks
         or any(map(checkpoints, model.architecture.layers(model)))
         or torch.is_anomaly_enabled()
+        or _running() != -1
         or _saves_elsewhere(True) is not None
         or (torch.distributed.is_available() and torch.distributed.is_initialized())
     )

@@ -485,7 +485,8 @@ def test_encoders_inside_another_module():
     assert training_graphs_of(encoder_of(plain)).count == 0
 
 
-def test_steps_that_torch_checkpoints_run_without_a_graph():
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_steps_that_torch_checkpoints_run_without_a_graph(use_reentrant):
     plain, model = trained_pair()
     step(model, **inputs_of())
     step(model, **inputs_of())
@@ -494,8 +495,10 @@ def test_steps_that_torch_checkpoints_run_without_a_graph():
 
     def gradients(m):
         m.zero_grad()
-        run = lambda: m(**inputs_of())[0]  # noqa: E731
-        torch.utils.checkpoint.checkpoint(run, use_reentrant=False).square().sum().backward()
+        run = lambda scale: scale * m(**inputs_of())[0]  # noqa: E731
+        scale = torch.ones((), device=DEVICE, requires_grad=True)
+        last = torch.utils.checkpoint.checkpoint(run, scale, use_reentrant=use_reentrant)
+        last.square().sum().backward()
         return {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
 
     assert_same_gradients(gradients(model), gradients(plain))
