@@ -19,7 +19,7 @@ from .kernels import missing
 from .kernels.attention import MAX_D
 from .kernels.launch import DTYPES
 from .kernels.layer_norm import MAX_N
-from .seen import HOOKS, forget, see, seen
+from .seen import HOOKS, forget, see, seen, state_of_buffer
 
 try:  # later transformers 5; earlier ones replace `forward` on the modules while recording
     from transformers.utils import output_capturing
@@ -203,7 +203,7 @@ def _reason_of_lengths(model):
     return None
 
 
-_counting = WeakIdKeyDictionary()  # buffer: its version when checked, and whether it was as assumed
+_counting = WeakIdKeyDictionary()  # buffer: its state when checked, and whether it was as assumed
 
 
 def _reason_of_buffers(model):
@@ -217,8 +217,8 @@ def _reason_of_buffers(model):
         t = model._modules["embeddings"]._buffers.get(name)
         if type(t) is not torch.Tensor or t.is_meta:
             continue
-        version = None if t.is_inference() else t._version
-        if _counting.get(t, (-1,))[0] != version:
+        state = state_of_buffer(t)
+        if _counting.get(t, (None,))[0] != state:
             if t.is_cuda and torch.cuda.is_current_stream_capturing():
                 looked = False
                 continue
@@ -226,7 +226,7 @@ def _reason_of_buffers(model):
             if type(same) is not torch.Tensor or same.is_meta:  # under fake tensors
                 looked = False
                 continue
-            _counting[t] = version, bool(same)
+            _counting[t] = state, bool(same)
         if not _counting[t][1]:
             return f"embeddings.{name} with other numbers than usual", looked
     return None, looked
@@ -376,6 +376,8 @@ def _reason_of_module(module, dtype, place):
             type(p) is FakeTensor and torch.compiler.is_compiling()  # torch.export's, for a weight
         ):
             return f"weights of type {type(p).__name__}"
+        if p.layout is not torch.strided:
+            return f"{p.layout} weights"
         if p.dtype is not dtype or (p.get_device(), p.is_meta) != place:
             return f"{p.dtype} on {p.device} beside {dtype} on the model's device"
     if kind is nn.Embedding:

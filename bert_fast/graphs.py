@@ -428,7 +428,7 @@ def _burnt_in(model):
         state = module.__dict__
         found.append([state.get(name) for name in NUMBERS])
         for p in (*state["_parameters"].values(), *state.values()):
-            if isinstance(p, torch.Tensor):
+            if isinstance(p, torch.Tensor) and p.layout is torch.strided:
                 found.append((p.data_ptr(), p.dtype, p.shape, p.stride()))
         modules += [m for m in state["_modules"].values() if m is not None]
     return found

@@ -89,7 +89,7 @@ class Seen:
         ]  # fmt: skip
 
     def _writes_now(self):
-        return [None if t.is_inference() else t._version for t in self._buffers]
+        return list(map(state_of_buffer, self._buffers))
 
     def holds(self, beside):
         try:
@@ -104,6 +104,12 @@ class Seen:
             )
         except (RuntimeError, ValueError):  # == raises where a tensor replaced something
             return False
+
+
+def state_of_buffer(t):
+    """What changes if its numbers do: `t.data = ...` moves it, and other writes count."""
+    has_place = type(t) is torch.Tensor and t.layout is torch.strided
+    return has_place and t.data_ptr(), None if t.is_inference() else t._version
 
 
 def _methods_of(kinds):

@@ -10,8 +10,10 @@ Off by default; accelerate(model, training_graphs=True) turns them on: no GPU ha
 
 Which calls     those that graphs.py would record, but with gradients, and under autocast too. Not
                 with inputs_embeds that require gradients, gradient checkpointing, hooks on the
-                word embedding or on saved tensors, or anomaly detection; nor in a process group, as
-                all gradients arrive at once, leaving no computation to overlap their exchange with.
+                word embedding or on saved tensors, or anomaly detection; nor inside a backward,
+                whose thread the recording of another model may be waiting for; nor in a process
+                group, as all gradients arrive at once, leaving no computation to overlap their
+                exchange with.
 One at a time   Each forward overwrites what the previous one saved. So while an output is alive and
                 its backward has not run (two texts per step, an output that is kept), further calls
                 run without a graph. A backward with retain_graph may run again until the output is
@@ -39,6 +41,8 @@ from .seen import seen
 # Whether the running backward has retain_graph=True; private to torch. Assumed true without it.
 _keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
+# The backward that runs in this thread, or -1.
+_running = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 # The saved-tensor hooks of torch.utils.checkpoint, save_on_cpu and the like, or None.
 _saves_elsewhere = getattr(
@@ -54,6 +58,7 @@ def _may_record(model, inputs):
         or word._forward_hooks
         or any(map(checkpoints, model.architecture.layers(model)))
         or torch.is_anomaly_enabled()
+        or _running() != -1
         or _saves_elsewhere(True) is not None
         or (torch.distributed.is_available() and torch.distributed.is_initialized())
     )
@@ -68,14 +73,14 @@ class _Graph(graphs.Graph):
         self.flat, self._all = flat, parameters
         grads = _parts(flat, parameters)
         # Kept alive: a weight may be given other memory while a backward is still to come.
-        encode, self._leaves = _on_leaves_of_its_own(model, parameters)
+        model, self._leaves = _on_leaves_of_its_own(model, parameters)
         with torch.inference_mode(False):
             static = self._hold(bucket, inputs, flat.device)
             shape = bucket.B, bucket.S, model.config.hidden_size
             self.dlast = torch.zeros(shape, dtype=flat.dtype, device=flat.device)
 
             def forward():
-                return encode(static)
+                return model._encode(static, static=True)[0]
 
             def backward(last):
                 # Retained, as it may run again: else its results would reuse the memory it reads.
@@ -99,28 +104,22 @@ class _Graph(graphs.Graph):
         return [grads[i] for i in self._used]
 
 
-class _Encoding(torch.nn.Module):
-    """The encoder's forward as a module's, for functional_call."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs):
-        return self.model._encode(inputs, static=True)[0]
-
-
 def _on_leaves_of_its_own(model, parameters):
-    """(forward(Inputs), the leaves that it uses in place of parameters, in the same memory).
+    """(a copy of the model's modules that uses other leaves in place of parameters, in the same
+    memory; these leaves).
 
     autograd remembers the stream in which it first saw a leaf, as long as any output of it is
     alive, and synchronizes streams when a backward reaches the leaf. If the loss of an earlier step
     is still alive, that is not the stream of the recording, which would therefore fail."""
-    names = {id(p): f"model.{name}" for name, p in model.named_parameters()}
-    leaves = [p.detach().requires_grad_() for p in parameters]
-    given = {names[id(p)]: leaf for p, leaf in zip(parameters, leaves)}
-    encoding = _Encoding(model)
-    return lambda inputs: torch.func.functional_call(encoding, given, (inputs,)), leaves
+    leaves = {p: p.detach().requires_grad_() for p in parameters}
+
+    def copied(module):
+        copy = module._replicate_for_data_parallel()  # without parameters
+        copy._parameters = {name: leaves.get(p, p) for name, p in module._parameters.items()}
+        copy._modules = {name: m and copied(m) for name, m in module._modules.items()}
+        return copy
+
+    return copied(model), list(leaves.values())
 
 
 def _parts(flat, tensors):
@@ -148,8 +147,12 @@ class _Step:
 
     def __init__(self, graphs, graph):
         self.graphs, self.graph = graphs, graph
-        self.versions = [p._version for p in graph.parameters]
+        self.weights = graphs._listed  # the backward reads what is not trained, too
+        self.versions = self._versions_now()
         self.is_done = False
+
+    def _versions_now(self):
+        return [None if t.is_inference() else t._version for t in self.weights]
 
     def backward(self, dlast):
         if self.is_done:
@@ -157,7 +160,7 @@ class _Step:
                 "bert_fast: what this backward needs is gone, as a backward has run before;"
                 " give the first retain_graph=True"
             )
-        if [p._version for p in self.graph.parameters] != self.versions:
+        if self._versions_now() != self.versions:
             raise RuntimeError(
                 "bert_fast: a weight has been written to since the forward whose gradients are"
                 " asked for; step the optimizer after the backward"

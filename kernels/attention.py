@@ -433,8 +433,9 @@ def attention(
     seed = check_dropout("attention", "dropout_p", dropout_p, seed) if dropout_p else None
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     args = (
-        q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale, dropout_p, seed
-    )
+        q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale,
+        float(dropout_p), seed,
+    )  # fmt: skip
     if launch.is_recorded():
         return _Attention.apply(*args)
     return _attention(*args)

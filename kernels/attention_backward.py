@@ -473,7 +473,7 @@ def attention_backward(
         return AttentionGradients(
             *_attention_backward(
                 do, q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, causal, scale,
-                dropout_p, seed,
+                float(dropout_p), seed,
             )
         )
 

@@ -214,6 +214,7 @@ def dropout(x, p, seed, residual=None, num_tokens=None):
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"dropout: residual must be {show(x)} like x, got {show(residual)}")
     launch.check_num_tokens("dropout", num_tokens)
+    p = float(p)  # numpy's are no arguments of a kernel
     if launch.is_recorded():
         return _Dropout.apply(x, p, seed, residual, num_tokens)
     return _dropout(x, p, seed, residual, num_tokens)

@@ -359,7 +359,7 @@ def embedding(
     launch.check_num_tokens("embedding", num_tokens)
     args = (
         input_ids, inputs_embeds, token_type_ids, position_ids, row_index, word, position,
-        token_type, weight, bias, padding_idx, eps, num_tokens,
+        token_type, weight, bias, padding_idx, float(eps), num_tokens,
     )
     if launch.is_recorded():
         return _Embedding.apply(*args)

@@ -162,6 +162,7 @@ def layer_norm(x, weight, bias, residual=None, eps=1e-12, num_tokens=None):
     check_weight_and_bias("layer_norm", x.shape[-1], weight, bias)
     check_residual("layer_norm", x, residual)
     launch.check_num_tokens("layer_norm", num_tokens)
+    eps = float(eps)  # numpy's are no arguments of a kernel
     if launch.is_recorded():
         return _LayerNorm.apply(x, weight, bias, residual, eps, num_tokens)
     # apply costs 5 us even to record nothing

@@ -221,7 +221,7 @@ def layer_norm_backward(dy, x, weight, residual=None, eps=1e-12, num_tokens=None
     launch.check_num_tokens("layer_norm_backward", num_tokens)
     with torch.no_grad():
         return LayerNormGradients(
-            *_layer_norm_backward(dy, x, weight, residual, eps, num_tokens)
+            *_layer_norm_backward(dy, x, weight, residual, float(eps), num_tokens)
         )
 
 

@@ -115,6 +115,18 @@ def test_any_mask_and_length_in_a_bucket_gives_the_same_bits(name):
         assert all(torch.equal(output[k], v) for k, v in then.items())
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_a_pooler_may_have_sparse_weights():
+    plain, model = pair()
+    for m in (plain, model):
+        dense = m.pooler.dense
+        dense.weight = torch.nn.Parameter(dense.weight.detach().to_sparse_csr())
+    with torch.no_grad():
+        for _ in range(3):
+            assert_same(model, plain, **inputs_of())
+    assert count(model) == 1
+
+
 def test_every_input_is_copied_in():
     plain, model = pair()
     generator = torch.manual_seed(3)

@@ -64,6 +64,11 @@ def another_weight(layer, monkeypatch):
     dense.weight = OwnParameter(dense.weight.detach())
 
 
+def sparse_weight(layer, monkeypatch):
+    dense = layer.output.dense
+    dense.weight = nn.Parameter(dense.weight.detach().to_sparse())
+
+
 def another_dtype(layer, monkeypatch):
     layer.output.dense.weight.data = layer.output.dense.weight.double()
 
@@ -110,6 +115,7 @@ REASONS = {
     a_child_more: "encoder.layer.1.output.dense.inner: test_seen.Own",
     another_class: "encoder.layer.1.output.dense: test_seen.Own",
     another_weight: "encoder.layer.1.output.dense: weights of type OwnParameter",
+    sparse_weight: "encoder.layer.1.output.dense: torch.sparse_coo weights",
     another_dtype: "encoder.layer.1.output.dense: torch.float64",
     another_dtype_in_place: "encoder.layer.1.output.dense: torch.float16",
     a_part: "encoder.layer.1: pruned heads",
@@ -140,6 +146,16 @@ def test_a_change_after_a_call_is_seen(change, versions, model, monkeypatch):
     reason = coverage.reason_of_model(model)
     assert reason and REASONS[change] in reason, reason
     assert seen(model) is None  # or it would keep what is gone
+
+
+def test_numbers_given_to_a_buffer_by_its_data_are_seen(model):
+    model.embeddings.position_ids.data = model.embeddings.position_ids.flip(1)
+    assert "position_ids with other numbers" in coverage.reason_of_model(model)
+
+
+def test_a_buffer_may_be_anywhere_or_nowhere(model):
+    model.encoder.register_buffer("mine", torch.eye(3).to_sparse())
+    assert coverage.reason_of_model(model) is None and seen(model) is not None
 
 
 def test_numbers_written_into_a_buffer_are_seen(model):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ pytest.importorskip("triton")  # macOS, Windows
 
 import triton
 
+from bert_fast import kernels as ops
 from bert_fast.kernels import SPECS, launch, linear
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
@@ -126,6 +128,22 @@ def test_numbers_of_a_table_are_not_taken_for_others_of_the_same_values(launches
     assert len(launch._compiled) == 2
     assert launches[0][1][0] == 8 * 2
     assert launches[1][1][0] == 4 * 8
+
+
+@pytest.mark.parametrize("kind", [numpy.float64, numpy.float32])
+def test_numbers_of_numpy_are_taken(kind, launches, monkeypatch):
+    """A config has them where a search for parameters made it."""
+    half, cu_seqlens = kind(0.5), torch.tensor([0, 3], dtype=torch.int32)
+    x, heads, seed = torch.ones(3, 64), torch.ones(3, 2, 32), torch.zeros(1, dtype=torch.int64)
+    drops = {"dropout_p": half, "seed": seed}
+    monkeypatch.setattr(launch._thread, "direct", "cuda")  # no dispatcher converts them
+    ops.dropout(x, half, seed)
+    ops.layer_norm(x, x[0], x[0], eps=half)
+    ops.layer_norm_backward(x, x, x[0], eps=half)
+    ops.attention(heads, heads, heads, cu_seqlens, 3, **drops)
+    ops.attention_backward(heads, heads, heads, heads, cu_seqlens, 3, **drops)
+    ops.embedding(None, x, x, x, x[0], x[0], inputs_embeds=x[None], eps=half)
+    assert len(launches) == 8
 
 
 def test_what_is_launched_without_end_is_not_kept_without_end(launches):

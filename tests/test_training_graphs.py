@@ -14,7 +14,7 @@ from models import B, fast_calls, ids_of, masks
 from test_graphs import DEVICE, GPU, Recording, a_stand_in, count, encoder_of, inputs_of, pair
 
 import bert_fast
-from bert_fast import graphs, training_graphs
+from bert_fast import graphs, modeling, training_graphs
 from bert_fast.training_graphs import training_graphs_of
 
 assert a_stand_in  # a fixture, used by every test here too
@@ -162,6 +162,38 @@ def test_what_is_recorded_comes_to_no_parameter(monkeypatch):
     assert not any(leaf is parameters[leaf.data_ptr()] for leaf in found)
 
 
+def share_a_layer(model):
+    model.encoder.layer[1] = model.encoder.layer[0]
+
+
+def share_a_weight(model):
+    model.encoder.layer[1].output.dense.weight = model.encoder.layer[0].output.dense.weight
+
+
+@pytest.mark.parametrize("share", [share_a_layer, share_a_weight])
+def test_what_is_in_two_places_of_a_model_stays_a_parameter_and_gets_both_gradients(share):
+    plain, model = trained_pair()
+    share(plain), share(model)
+    parameters = list(model.parameters())
+    for _ in range(3):
+        assert_same_step(model, plain, **inputs_of())
+    assert replayed == ["forward", "backward"] * 2
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+
+
+def test_a_model_keeps_its_parameters_while_it_is_recorded(monkeypatch):
+    """Another thread may be in the middle of a forward, whose gradients would be lost."""
+    _, model = trained_pair()
+    parameters = list(model.parameters())
+    found, embed = [], modeling.embed
+    monkeypatch.setattr(
+        modeling, "embed", lambda *args: found.append(list(model.parameters())) or embed(*args)
+    )
+    step(model, **inputs_of()), step(model, **inputs_of())
+    assert replayed and len(found) > 1
+    assert all(p is q for now in found for p, q in zip(now, parameters, strict=True))
+
+
 def test_gradients_of_several_steps_add_up_and_stay():
     _, model = trained_pair()
     step(model, **inputs_of())
@@ -243,6 +275,19 @@ def test_a_backward_after_what_it_needs_is_gone_is_an_error():
         model.encoder.layer[0].output.dense.weight.mul_(2)
     with pytest.raises(RuntimeError, match="step the optimizer after the backward"):
         last.sum().backward()
+
+
+def test_a_frozen_weight_that_is_written_to_before_the_backward_is_an_error():
+    """As in stock: gradients of layers below are computed from it."""
+    _, model = trained_pair()
+    weight = model.encoder.layer[1].output.dense.weight.requires_grad_(False)
+    step(model, **inputs_of()), step(model, **inputs_of())
+    last = model(**inputs_of()).last_hidden_state
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="a weight has been written to"):
+        last.sum().backward()
+    assert replayed == ["forward", "backward", "forward"]
 
 
 def test_a_second_derivative_is_an_error():
@@ -440,7 +485,8 @@ def test_encoders_inside_another_module():
     assert training_graphs_of(encoder_of(plain)).count == 0
 
 
-def test_steps_that_torch_checkpoints_run_without_a_graph():
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_steps_that_torch_checkpoints_run_without_a_graph(use_reentrant):
     plain, model = trained_pair()
     step(model, **inputs_of())
     step(model, **inputs_of())
@@ -449,8 +495,10 @@ def test_steps_that_torch_checkpoints_run_without_a_graph():
 
     def gradients(m):
         m.zero_grad()
-        run = lambda: m(**inputs_of())[0]  # noqa: E731
-        torch.utils.checkpoint.checkpoint(run, use_reentrant=False).square().sum().backward()
+        run = lambda scale: scale * m(**inputs_of())[0]  # noqa: E731
+        scale = torch.ones((), device=DEVICE, requires_grad=True)
+        last = torch.utils.checkpoint.checkpoint(run, scale, use_reentrant=use_reentrant)
+        last.square().sum().backward()
         return {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
 
     assert_same_gradients(gradients(model), gradients(plain))
