@@ -152,10 +152,10 @@ def _plain_pack(attention_mask):
     token = attention_mask != 0
     flat = token.flatten()
     rows = flat.nonzero().flatten()
-    row_index = torch.zeros(len(flat), dtype=torch.int32)
+    row_index = rows.new_zeros(len(flat), dtype=torch.int32)
     row_index[: len(rows)] = rows
     packed_row = (flat.cumsum(0, dtype=torch.int32) - 1).masked_fill_(~flat, -1)
-    cu_seqlens = torch.zeros(len(token) + 1, dtype=torch.int32)
+    cu_seqlens = rows.new_zeros(len(token) + 1, dtype=torch.int32)
     cu_seqlens[1:] = token.sum(1).cumsum(0)
     return row_index, packed_row.view(token.shape), cu_seqlens
 

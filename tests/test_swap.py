@@ -677,10 +677,13 @@ def test_a_weight_on_meta_is_stock_s_error():
 
 
 def test_a_default_device_is_of_no_effect():
-    fast, ids = bert_fast.accelerate(stock_model()), ids_of()
-    with torch.device("meta"), torch.no_grad():
-        last = fast(ids).last_hidden_state
-    assert last.device.type == "cpu"
+    fast, ids, mask = bert_fast.accelerate(stock_model()), ids_of(), masks()["right"]
+    for given in ((ids,), (ids, mask)):
+        expected = fast(*given).last_hidden_state
+        with torch.device("meta"):
+            last = fast(*given).last_hidden_state
+            last.sum().backward()
+        assert torch.equal(last, expected)
     assert_ran_fast(fast)
 
 
