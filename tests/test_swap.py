@@ -89,6 +89,13 @@ def own_words(model):
     model.set_input_embeddings(words.to(model.device))
 
 
+def delete_a_bias(model):
+    """Set to None without deleting it, it would stay among the parameters."""
+    dense = model.encoder.layer[0].output.dense
+    del dense.bias
+    dense.bias = None
+
+
 def own_embeddings(model):
     model.embeddings = OwnEmbeddings().to(model.device)
 
@@ -132,6 +139,7 @@ MODELS = {
     "embeddings: test_swap.OwnEmbeddings": ({}, own_embeddings),
     "encoder: test_swap.OwnEncoder": ({}, own_encoder),
     "hidden size 8224": ({"hidden_size": 8224, "num_hidden_layers": 0}, None),
+    "output.dense: no bias or weight": ({}, delete_a_bias),
     "max_norm": ({}, lambda m: setattr(m.embeddings.word_embeddings, "max_norm", 1.0)),
 }
 
