@@ -594,6 +594,19 @@ def test_a_forward_replaced_later_runs_the_kernels_and_stands_in_the_way_of_rest
     assert torch.equal(fast(ids_of(device))[0], stock(ids_of(device))[0])
 
 
+def test_a_model_without_parameters_runs_and_is_reported(device):
+    """Whoever computes weights, or freezes them as buffers, leaves plain tensors."""
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    for module in fast.modules():
+        for name in list(module._parameters):
+            setattr(module, name, module._parameters.pop(name).data)
+    ours, theirs = (m(ids_of(device))[0] for m in (fast, stock))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    (found,) = bert_fast.report(fast).swapped
+    assert (found.reason, found.dtype, found.fast_calls) == (None, "float32", 1)
+
+
 def test_report_tells_what_ran_where(device):
     model = bert_fast.accelerate(stock_model("BertForMaskedLM", device))
     model(ids_of(device))
