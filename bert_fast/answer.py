@@ -113,7 +113,10 @@ def answer(
     pairs = _tokenize(questions, contexts, tokenizer, whole_words)
     windows = [w for n, pair in enumerate(pairs) for w in _windows(n, pair, window, stride)]
     spans = [
-        torch.full((len(p.offsets), min(max_answer_length, len(p.offsets))), -torch.inf).double()
+        torch.full(
+            (len(p.offsets), min(max_answer_length, len(p.offsets))), -torch.inf,
+            dtype=torch.float64, device="cpu",
+        )  # fmt: skip
         for p in pairs
     ]  # z, [i, j - i]
     null = [math.inf] * len(pairs)
@@ -181,8 +184,8 @@ def _tokenize(questions, contexts, tokenizer, whole_words):
                 {name: rows[n] for name, rows in encoding.items()},
                 first,
                 offsets,
-                torch.tensor(_firsts(words, offsets)),
-                torch.tensor(_firsts(words[::-1], offsets[::-1])[::-1]),
+                torch.tensor(_firsts(words, offsets), device="cpu"),
+                torch.tensor(_firsts(words[::-1], offsets[::-1])[::-1], device="cpu"),
             )
         )
     return pairs
@@ -256,7 +259,7 @@ def _cut(pair, window):
 
 
 def _pad(rows):
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return pad_sequence([torch.tensor(row, device="cpu") for row in rows], batch_first=True)
 
 
 # -- after the model ------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def _best(spans, null, pair, context, top_k):
     """The answers, from the logits of spans and of no answer; ties go to the first in the text."""
     z = spans.flatten()
     if null is not None:
-        z = torch.cat([z, torch.tensor([null]).double()])
+        z = torch.cat([z, z.new_tensor([null])])
     order = z.argsort(descending=True, stable=True)[:top_k]
     scores = z.softmax(0)
     answers = []

@@ -42,6 +42,8 @@ def mask(mask_function=masking_utils.causal_mask_function, **kwargs):
     Raises ValueError for a model that would pass the mask to its own attention.
     """
     _check_model(type(kwargs.get("config")))
+    if torch.jit.is_tracing():  # the program is of sdpa, for any size
+        return masking_utils.sdpa_mask(mask_function=mask_function, **kwargs)
     padding = kwargs.get("attention_mask")
     Sk = kwargs["kv_length"]
     # transformers 5.0 passes the positions of the queries, later ones their number and the first.
@@ -174,6 +176,8 @@ def _reason(query, key, value, mask, causal, kwargs):
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if kwargs.get(name) is not None:
             return f"keyword {name}"
+    if torch.jit.is_tracing():
+        return "torch.jit tracing"
     if mask is not None and mask.ndim == 4:
         return "4-D attention_mask"
     if is_transformed():
@@ -192,8 +196,6 @@ def _reason(query, key, value, mask, causal, kwargs):
         return f"keys in {key.dtype}, queries in {query.dtype}"
     if causal and query.shape[2] != key.shape[2]:
         return "causal attention to keys of another length"
-    if torch.jit.is_tracing():
-        return "torch.jit tracing"
     return None
 
 

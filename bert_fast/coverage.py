@@ -380,6 +380,9 @@ def _reason_of_module(module, dtype, place):
             return f"{p.layout} weights"
         if p.dtype is not dtype or (p.get_device(), p.is_meta) != place:
             return f"{p.dtype} on {p.device} beside {dtype} on the model's device"
+    if kind in (nn.Linear, nn.LayerNorm) and "bias" not in state["_parameters"]:
+        if getattr(module, "bias", None) is None:  # DataParallel replicas have a tensor there
+            return "no bias or weight"
     if kind is nn.Embedding:
         if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
             return "max_norm, sparse or scale_grad_by_freq"

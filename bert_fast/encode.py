@@ -178,9 +178,9 @@ def encode(ids, model, pooling="cls", batch_tokens=8192, track=iter):
         raise ValueError(f"encode: pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     if empty := [i for i, row in enumerate(ids) if len(row) == 0]:
         raise ValueError(f"encode: each text must have a token id, text {empty[0]} has none")
-    out = torch.empty(len(ids), model.config.hidden_size)
+    out = torch.empty(len(ids), model.config.hidden_size, dtype=torch.float32, device="cpu")
     for batch in track(batches([len(row) for row in ids], batch_tokens)):
-        rows = [torch.tensor(ids[i]) for i in batch]
+        rows = [torch.tensor(ids[i], device="cpu") for i in batch]
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         mask = mask.to(model.device)
         input_ids = pad_sequence(rows, batch_first=True).to(model.device)

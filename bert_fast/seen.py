@@ -14,6 +14,7 @@ import types
 import weakref
 
 import torch
+from torch import nn
 
 
 def _find_dict_version():
@@ -125,8 +126,10 @@ def seen(model):
 
 
 def see(model, modules, beside):
-    """Take a snapshot of the modules of a model."""
-    if not any(p.is_meta for m in modules for p in m.parameters(recurse=False)):
+    """Take a snapshot of the modules of a model, unless weights are plain tensors: those of a
+    single call, such as torch.func.functional_call's, which it would keep alive."""
+    weights = [p for m in modules for p in m.parameters(recurse=False)]
+    if all(type(p) is nn.Parameter and not p.is_meta for p in weights):
         model.__dict__["_bert_fast_seen"] = Seen(model, modules, beside)
 
 

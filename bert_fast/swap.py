@@ -12,6 +12,7 @@ import transformers
 from . import frozen as frozen_weights
 from . import graphs
 from . import kernels as ops
+from .architectures import at
 from .coverage import crosses, decodes, layers_of, reason_of_call, reason_of_model
 from .inputs import Inputs
 from .modeling import STOCK, calls_of, logger, put_on
@@ -235,7 +236,9 @@ def report(model):
     swapped, stock, attention = [], [], []
     for path, module in model.named_modules():
         if isinstance(module, tuple(ENCODERS)):
-            weight = next(module.parameters())
+            weight = next(module.parameters(), None)
+            if weight is None:  # then they are plain tensors
+                weight = at(module, module.architecture.embeddings.word).weight
             hidden = "forward replaced on the module" if _hides_kernels(module) else None
             reason = hidden or _reason_of_plain_call(module) or reason_of_model(module)
             calls = calls_of(module)

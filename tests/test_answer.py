@@ -148,6 +148,12 @@ def test_one_str_goes_with_each_of_a_list(fast, tokenizer):
     assert ANSWER([], CONTEXT, fast, tokenizer) == []
 
 
+def test_a_default_device_changes_no_answer(fast, tokenizer):
+    expected = ANSWER(QUESTION, CONTEXT, fast, tokenizer, top_k=5, null_threshold=0)
+    with torch.device("meta"):
+        assert ANSWER(QUESTION, CONTEXT, fast, tokenizer, top_k=5, null_threshold=0) == expected
+
+
 def test_by_default_windows_are_of_384_tokens_and_share_128(fast, tokenizer, texts):
     long = " ".join(texts[1])
     default = ANSWER(QUESTION, long, fast, tokenizer, top_k=5)

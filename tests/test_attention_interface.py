@@ -338,3 +338,19 @@ def test_under_transforms_of_torch_func_sdpa_runs_and_is_named(device):
     torch.testing.assert_close(gradient(ours), gradient(theirs), rtol=1e-4, atol=1e-4)
     count, reasons = counted(ours)
     assert count == 0 and list(reasons) == ["torch.func or forward-mode AD"]
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_a_trace_runs_sdpa_for_any_size_and_warns_as_with_sdpa(is_decoder):
+    def traced(model):
+        given = ids_of(), masks()["right"]
+        with pytest.warns() as warned:
+            program = torch.jit.trace(model, given, check_trace=False)
+        return program, {(w.filename, w.lineno, w.category) for w in warned}
+
+    ours, theirs = pair(stock_model(is_decoder=is_decoder, use_cache=False, return_dict=False))
+    program, warned = traced(ours)
+    assert warned <= traced(theirs)[1]
+    assert counted(ours) == (0, {"torch.jit tracing": 2})
+    ids, mask = ids_of(shape=(2, 11)), masks()["right"][2:4, :11]
+    torch.testing.assert_close(program(ids, mask)[0], theirs(ids, mask)[0], atol=1e-5, rtol=0)

@@ -417,6 +417,18 @@ def test_no_texts_have_no_embeddings():
     assert encode(ids, model).shape == (0, model.config.hidden_size)
 
 
+def test_embeddings_are_float32_on_the_cpu_whatever_the_defaults():
+    model, tokenizer = load(str(SHIPPED))
+    ids, _ = tokenize(TEXTS, tokenizer, 512)
+    expected = encode(ids, model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(encode(ids, model), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_fault_of_our_own_is_one_line_with_another_code(monkeypatch):
     def load(*args):
         raise RuntimeError("two\nlines")

@@ -177,7 +177,7 @@ def test_accelerator_prepares_and_trains(device):
 
 
 # -- export ---------------------------------------------------------------------------------
-def test_torch_export_has_our_ops_and_any_batch(device):
+def test_torch_export_has_our_ops_and_any_batch_saved_and_loaded_too(device, tmp_path):
     fast = bert_fast.accelerate(stock_model(device=device))
     size = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=40)}
     with torch.no_grad():
@@ -191,8 +191,10 @@ def test_torch_export_has_our_ops_and_any_batch(device):
         inputs = {"input_ids": ids_of(device, (3, 11)), "attention_mask": masks(device)["right"]}
         inputs["attention_mask"] = inputs["attention_mask"][2:, :11].contiguous()
         expected = fast(**inputs)
-        ours = program.module()(**inputs)
-    torch.testing.assert_close(ours.last_hidden_state, expected.last_hidden_state)
+        torch.export.save(program, tmp_path / "model.pt2")
+        for same in (program, torch.export.load(tmp_path / "model.pt2")):
+            ours = same.module()(**inputs)
+            torch.testing.assert_close(ours.last_hidden_state, expected.last_hidden_state)
 
 
 def test_an_exported_program_trains(device):

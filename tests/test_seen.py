@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -191,6 +192,14 @@ def test_a_tensor_in_a_tensors_place_is_no_error(model):
     assert not seen(model).holds(seen(model)._beside)
     assert coverage.reason_of_model(model) is None
     assert seen(model).holds(seen(model)._beside)
+
+
+def test_weights_lent_for_one_call_are_not_kept(model, device):
+    lent = {name: p.detach() + 1 for name, p in model.named_parameters()}
+    torch.func.functional_call(model, lent, (ids_of(device),))
+    kept = [weakref.ref(w) for w in lent.values()]
+    del lent
+    assert not any(w() is not None for w in kept)
 
 
 def test_a_restored_model_keeps_nothing(model):

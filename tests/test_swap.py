@@ -89,6 +89,13 @@ def own_words(model):
     model.set_input_embeddings(words.to(model.device))
 
 
+def delete_a_bias(model):
+    """Set to None without deleting it, it would stay among the parameters."""
+    dense = model.encoder.layer[0].output.dense
+    del dense.bias
+    dense.bias = None
+
+
 def own_embeddings(model):
     model.embeddings = OwnEmbeddings().to(model.device)
 
@@ -132,6 +139,7 @@ MODELS = {
     "embeddings: test_swap.OwnEmbeddings": ({}, own_embeddings),
     "encoder: test_swap.OwnEncoder": ({}, own_encoder),
     "hidden size 8224": ({"hidden_size": 8224, "num_hidden_layers": 0}, None),
+    "output.dense: no bias or weight": ({}, delete_a_bias),
     "max_norm": ({}, lambda m: setattr(m.embeddings.word_embeddings, "max_norm", 1.0)),
 }
 
@@ -600,6 +608,19 @@ def test_a_forward_replaced_later_runs_the_kernels_and_stands_in_the_way_of_rest
     assert torch.equal(fast(ids_of(device))[0], stock(ids_of(device))[0])
 
 
+def test_a_model_without_parameters_runs_and_is_reported(device):
+    """Whoever computes weights, or freezes them as buffers, leaves plain tensors."""
+    stock = stock_model(device=device)
+    fast = bert_fast.accelerate(copy.deepcopy(stock))
+    for module in fast.modules():
+        for name in list(module._parameters):
+            setattr(module, name, module._parameters.pop(name).data)
+    ours, theirs = (m(ids_of(device))[0] for m in (fast, stock))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    (found,) = bert_fast.report(fast).swapped
+    assert (found.reason, found.dtype, found.fast_calls) == (None, "float32", 1)
+
+
 def test_report_tells_what_ran_where(device):
     model = bert_fast.accelerate(stock_model("BertForMaskedLM", device))
     model(ids_of(device))
@@ -691,10 +712,13 @@ def test_a_weight_on_meta_is_stock_s_error():
 
 
 def test_a_default_device_is_of_no_effect():
-    fast, ids = bert_fast.accelerate(stock_model()), ids_of()
-    with torch.device("meta"), torch.no_grad():
-        last = fast(ids).last_hidden_state
-    assert last.device.type == "cpu"
+    fast, ids, mask = bert_fast.accelerate(stock_model()), ids_of(), masks()["right"]
+    for given in ((ids,), (ids, mask)):
+        expected = fast(*given).last_hidden_state
+        with torch.device("meta"):
+            last = fast(*given).last_hidden_state
+            last.sum().backward()
+        assert torch.equal(last, expected)
     assert_ran_fast(fast)
 
 
