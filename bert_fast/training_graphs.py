@@ -9,11 +9,10 @@ function. What follows the encoder, the loss and the optimizer run as usual.
 Off by default; accelerate(model, training_graphs=True) turns them on: no GPU has timed them yet.
 
 Which calls     those that graphs.py would record, but with gradients, and under autocast too. Not
-                with inputs_embeds that require gradients, gradient checkpointing, hooks on the
-                word embedding or on saved tensors, or anomaly detection; nor inside a backward,
-                whose thread the recording of another model may be waiting for; nor in a process
-                group, as all gradients arrive at once, leaving no computation to overlap their
-                exchange with.
+                with inputs_embeds, gradient checkpointing, hooks on the word embedding or on saved
+                tensors, or anomaly detection; nor inside a backward, whose thread the recording of
+                another model may be waiting for; nor in a process group, as all gradients arrive at
+                once, leaving no computation to overlap their exchange with.
 One at a time   Each forward overwrites what the previous one saved. So while an output is alive and
                 its backward has not run (two texts per step, an output that is kept), further calls
                 run without a graph. A backward with retain_graph may run again until the output is
@@ -52,10 +51,9 @@ _saves_elsewhere = getattr(
 
 def _may_record(model, inputs):
     """Whether a call needs gradients of weights alone, all at its end."""
-    embeds, word = inputs.inputs_embeds, at(model, model.architecture.embeddings.word)
     return not (
-        (isinstance(embeds, torch.Tensor) and embeds.requires_grad)
-        or word._forward_hooks
+        inputs.inputs_embeds is not None
+        or at(model, model.architecture.embeddings.word)._forward_hooks
         or any(map(checkpoints, model.architecture.layers(model)))
         or torch.is_anomaly_enabled()
         or _running() != -1
