@@ -171,7 +171,7 @@ def embed(
         table = Table(first, "norm", f"first of {embeddings.shape[1]} numbers", box=None)
         for text, row in zip(texts[:ROWS], embeddings, strict=False):
             numbers = " ".join(f"{x:+.4f}" for x in row[:4])
-            table.add_row(Text(text), f"{row.norm():.4f}", numbers)
+            table.add_row(_shown(text), f"{row.norm():.4f}", numbers)
         Console().print(table)
         if len(texts) > ROWS:
             _say(f"and {len(texts) - ROWS} more; --json or --output FILE.npy gives them all")
@@ -309,8 +309,8 @@ def answer(
     else:
         table = Table("score", "start", "end", Column("answer", overflow="fold"), box=None)
         for answer in found:
-            text = " ".join(answer.text.split()) or "(no answer)"
-            table.add_row(f"{answer.score:.4f}", str(answer.start), str(answer.end), Text(text))
+            text = _shown(" ".join(answer.text.split()) or "(no answer)")
+            table.add_row(f"{answer.score:.4f}", str(answer.start), str(answer.end), text)
         Console().print(table)
 
 
@@ -457,6 +457,11 @@ def _say(*words, sep=" "):
     print(*words, sep=sep, file=sys.stderr)
 
 
+def _shown(text):
+    """Of a user's text: a terminal would obey control characters."""
+    return Text("".join(c if c.isprintable() else " " for c in text))
+
+
 def _progress(what):
     """Wraps a list with a progress bar on stderr, if that is a terminal and the list is long."""
     console = Console(stderr=True)
@@ -465,6 +470,3 @@ def _progress(what):
         disable=not console.is_terminal or len(todo) < 8,
     )  # fmt: skip
 
-
-if __name__ == "__main__":
-    main()

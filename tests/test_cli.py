@@ -27,7 +27,7 @@ from bert_fast.checkpoints import SHIPPED
 from bert_fast.encode import batches, encode, load, tokenize
 from bert_fast.kernels.launch import INTERPRET
 
-PROCESS = [sys.executable, "-m", "bert_fast.cli"]
+PROCESS = [sys.executable, "-m", "bert_fast"]
 # Of different lengths, and not in their order.
 TEXTS = [
     "Return the number of items.",
