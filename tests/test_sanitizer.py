@@ -148,3 +148,17 @@ def test_the_judge_allows_an_ulp_and_no_more(dtype):
     assert judge(right[:3])[0] == torch.inf
     assert judge(right.double())[0] == torch.inf
     assert judge(right.where(right > -10, 0).fill_diagonal_(torch.nan))[0] == torch.inf
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_judge_wants_nan_where_the_definition_has_it(gradient):
+    """Of a gradient infinity will do: autograd may add two, one to each side."""
+    spec = next(s for s in SPECS if s.name == "gelu")
+    spec = type(spec)(**{**vars(spec), "gradient": gradient})
+    inputs = spec.inputs(torch.float32, "cpu", shape=(4, 64))
+    inputs["x"][1] = torch.nan
+    right = spec.fn(**inputs)
+    judge = Judge(spec, inputs, torch.float32)
+    assert judge(right)[0] <= 1
+    assert judge(right.nan_to_num())[0] == torch.inf
+    assert (judge(right.nan_to_num(torch.inf))[0] <= 1) == gradient
