@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
 
 import triton
 import triton.language as tl
-from examine import costs, examine, extremes, faults, of_size
+from examine import costs, examine, extremes, faults, of_infinity, of_size
 from gallery import BUGS
 from judge import InOrder, Judge
 from sanitizer import Sanitizer
@@ -162,3 +162,14 @@ def test_the_judge_wants_nan_where_the_definition_has_it(gradient):
     assert judge(right)[0] <= 1
     assert judge(right.nan_to_num())[0] == torch.inf
     assert (judge(right.nan_to_num(torch.inf))[0] <= 1) == gradient
+
+
+@pytest.mark.parametrize("name", ["x", "residual"])
+def test_a_kernel_that_makes_numbers_of_nan_is_found(name):
+    spec = next(s for s in SPECS if s.name == "layer_norm")
+
+    def without_nan(**inputs):
+        return spec.fn(**{**inputs, name: inputs[name].nan_to_num()})
+
+    lossy = type(spec)(**{**vars(spec), "fn": without_nan})
+    assert any(f"nan in {name}" in fault for fault in of_infinity(lossy, spec.cases[0]))
