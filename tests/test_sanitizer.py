@@ -173,3 +173,16 @@ def test_a_kernel_that_makes_numbers_of_nan_is_found(name):
 
     lossy = type(spec)(**{**vars(spec), "fn": without_nan})
     assert any(f"nan in {name}" in fault for fault in of_infinity(lossy, spec.cases[0]))
+
+
+def test_the_mask_of_an_atomic_is_heeded():
+    @triton.jit
+    def total(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+        offs = tl.arange(0, BLOCK)
+        tl.atomic_add(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < N), mask=offs < N)
+
+    x, y = torch.randn(13), torch.zeros(13)
+    with Sanitizer() as watched:
+        total[(1,)](x, y, 13, BLOCK=16)
+    assert watched.findings == []
+    assert torch.equal(y, x)
