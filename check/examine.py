@@ -168,16 +168,16 @@ def of_more_tokens_than_rows(spec, case):
 
 
 def of_infinity(spec, case):
-    """Infinity in a row: it stays in that row, and gives what the definition gives."""
+    """Infinity or NaN in a row: it stays in that row, and gives what the definition gives."""
     inputs = inputs_of(spec, case, torch.float16)
     for name in spec.packed:
-        if is_float(t := inputs[name]):
-            infinite = {**inputs, name: t.clone()}
-            infinite[name][0] = torch.inf
-            result, _ = call(spec, infinite)
-            share, _ = Judge(spec, infinite, torch.float16)(result)
+        for fill in (torch.inf, torch.nan) if is_float(t := inputs[name]) else ():
+            filled = {**inputs, name: t.clone()}
+            filled[name][0] = fill
+            result, _ = call(spec, filled)
+            share, _ = Judge(spec, filled, torch.float16)(result)
             if not share <= 1:
-                where = f"{spec.label(case)}, infinity in {name}"
+                where = f"{spec.label(case)}, {fill} in {name}"
                 yield f"{where}: the error is {share:.2g} times what is allowed"
 
 

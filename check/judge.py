@@ -10,6 +10,9 @@ inputs move by an fp32 ulp, which shows ill-conditioned inputs where the other t
 For an op that must round inside (attention rounds its probabilities) the cost is that of the
 definition in the same dtype, both its error and how far it moves, once instead of four times. Its
 gradients are not judged where the definition's overflow.
+
+Where the truth is NaN, the result must be; a gradient may be infinite there, as autograd adds
+infinities that cancel.
 """
 
 import inspect
@@ -88,6 +91,7 @@ class Judge:
         # A gradient has the dtype of its input, which may differ from the op's.
         several = isinstance(truth, tuple)
         self.dtypes = [t.dtype for t in spec.ref(**inputs)] if several else [dtype]
+        self.gradient = spec.gradient  # where autograd may add infinities that the op does not
         # Intermediate gradients in softmax may exceed the largest fp16, in stock and in the op.
         gradients = spec.rounds_inside and spec.gradient
         self.free = [~t.isfinite() & gradients for t in versions[0]]
@@ -135,9 +139,11 @@ class Judge:
             largest = torch.finfo(dtype).max
             past = rounded.isinf() & truth.isfinite() & (ours * truth.sign() >= largest)
             share = torch.where(finite, apart / allowed, torch.where(past, 0.0, torch.inf))
-            share = share.masked_fill(truth.isnan() | free, 0.0)  # not judged there
             share = share.masked_fill(truth.isinf() & (ours == rounded), 0.0)
-            worst = max(worst, share.nan_to_num(torch.inf).max().item())
+            lost = ours.isfinite() if self.gradient else ~ours.isnan()
+            share = torch.where(truth.isnan(), torch.where(lost, torch.inf, 0.0), share)
+            share = share.masked_fill(free, 0.0)  # not judged there
+            worst = max(worst, share.nan_to_num(torch.inf, torch.inf).max().item())
             error = max(error, distance(ours, truth))
         return worst, error / self.stock if self.stock else 0.0
 

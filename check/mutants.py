@@ -342,7 +342,7 @@ def kernels_of(spec):
         definitions = _definitions(module["__file__"])
         if isinstance(module[at[1]], InterpretedFunction):
             kernels.append(module[at[1]])
-        for node in ast.walk(definitions[at[1]]):
+        for node in _forward(definitions[at[1]]):
             if not isinstance(node, ast.Name):
                 continue
             if isinstance(kernel := module.get(node.id), InterpretedFunction):
@@ -351,6 +351,16 @@ def kernels_of(spec):
                 todo.append((at[0], node.id))
         todo = [name for name in dict.fromkeys(todo) if name not in seen]
     return sorted(kernels, key=lambda k: (k.fn.__module__, k.fn.__code__.co_firstlineno))
+
+
+def _forward(definition):
+    """Its nodes, except those of a method named backward: a gradient has a Spec of its own."""
+    todo = [definition]
+    while todo:
+        yield (node := todo.pop())
+        for child in ast.iter_child_nodes(node):
+            if not (isinstance(node, ast.ClassDef) and getattr(child, "name", "") == "backward"):
+                todo.append(child)
 
 
 def _definitions(file):

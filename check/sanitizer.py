@@ -413,7 +413,7 @@ class Sanitizer:
 
         def atomic(builder, *args):
             at, ptr = next((i, a) for i, a in enumerate(args) if isinstance(a, TensorHandle))
-            masks = [a for a in args if isinstance(a, TensorHandle) and a.dtype == tl.int1]
+            masks = [a for a in args if isinstance(a, TensorHandle) and a.data.dtype == bool]
             wanted = np.broadcast_to(masks[0].data if masks else True, ptr.data.shape)
             argument, elements, good = self._access(ptr.data, wanted, not masks, store=True)
             if argument is None:

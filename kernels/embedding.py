@@ -420,7 +420,7 @@ SPEC = Spec(
     cases=(
         {"B": 2, "S": 5, "N": 128, "tokens": 7},
         {"B": 3, "S": 7, "N": 100, "types": True, "positions": True, "tokens": 13},
-        {"B": 2, "S": 3, "N": 129, "padding_idx": 0},
+        {"B": 2, "S": 3, "N": 129, "padding_idx": 3},  # which is among the ids
         {"B": 2, "S": 3, "N": 64, "embeds": True, "tokens": 4, "types": True, "positions": True},
         {"B": 2, "S": 3, "N": 7, "embeds": True},
         {"B": 1, "S": 1, "N": 1},

@@ -242,6 +242,8 @@ def _inputs(dtype, device, shape, residual=False, eps=1e-12, weight_dtype=None, 
 
 def _fuzz(rng):
     case = {"shape": fuzz_shape(rng), "residual": rng.random() < 0.3}
+    if case["shape"][-1] == 2:  # x_hat is 1 and -1: dx is nothing but the rounding error of a mean
+        case["shape"][-1] = 3
     if rng.random() < 0.3:
         case["eps"] = rng.choice((1e-5, 1.0))
     if rng.random() < 0.2:

@@ -1,5 +1,6 @@
 """Mutants: made of every kernel, found by the checks, and never left in place."""
 
+import ast
 import sys
 from collections import Counter
 from pathlib import Path
@@ -42,6 +43,16 @@ def test_every_operator_makes_mutants_and_every_op_has_some():
     assert {m.operator for m in EVERY} == OPERATORS.keys()
     assert {m.op for m in EVERY} == {s.name for s in SPECS}
     assert len({(m.op, m.change, m.line) for m in EVERY}) > 0.95 * len(EVERY)
+
+
+def test_a_backward_in_the_same_file_is_not_looked_at_for_the_forward():
+    (node,) = ast.parse(
+        "class _F:\n"
+        "    def forward(ctx, x): return _op(x)\n"
+        "    def backward(ctx, dy): return _op_backward(dy)"
+    ).body
+    names = {n.id for n in mutants._forward(node) if isinstance(n, ast.Name)}
+    assert names == {"_op", "x"}
 
 
 def test_a_sample_is_even_and_the_same_each_time():

@@ -45,17 +45,19 @@ def inputs_of(spec, case, dtype=torch.float32):
     return spec.inputs(dtype, DEVICE, **case)
 
 
-def results(spec, fn, inputs, dtype=None, layout=lambda t, i: t, dout_rows=None):
+def results(spec, fn, inputs, dtype=None, layout=lambda t, i: t, dout_rows=None, only=None):
     """fn's outputs and gradients; inputs are cast to dtype if given, and laid out by layout.
 
     dout_rows: rows of the output that get a gradient; those past it get NaN.
+    only: the one input that requires a gradient, instead of all.
     """
     laid = {
         k: layout(t.to(dtype) if dtype and is_float(t) else t, i)
         for i, (k, t) in enumerate(inputs.items(), start=1)
         if isinstance(t, torch.Tensor)
     }
-    leaves = {k: t.detach().requires_grad_() for k, t in laid.items() if is_float(t)}
+    floats = {k: t.detach() for k, t in laid.items() if is_float(t)}
+    leaves = {k: t.requires_grad_() for k, t in floats.items() if only in (None, k)}
     out = fn(**{**inputs, **laid, **leaves})
     if isinstance(out, tuple):
         return dict(zip(out._fields, out))
@@ -115,6 +117,17 @@ def assert_matches_definition(spec, case, dtype, **layout):
 @pytest.mark.parametrize("spec, case", cases())
 def test_matches_definition(spec, case, dtype):
     assert_matches_definition(spec, case, dtype)
+
+
+@pytest.mark.parametrize("spec, case", cases(first=1))
+def test_a_gradient_is_the_same_where_no_other_is_wanted(spec, case):
+    inputs = inputs_of(spec, case)
+    expected = results(spec, spec.fn, inputs)
+    for key in expected:
+        if key.startswith("gradient of "):
+            ours = results(spec, spec.fn, inputs, only=key.removeprefix("gradient of "))
+            assert ours.keys() == {"output", key}
+            torch.testing.assert_close(ours[key], expected[key])
 
 
 class DenseResults(TorchDispatchMode):

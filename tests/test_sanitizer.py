@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "check"))
 
 import triton
 import triton.language as tl
-from examine import costs, examine, extremes, faults, of_size
+from examine import costs, examine, extremes, faults, of_infinity, of_size
 from gallery import BUGS
 from judge import InOrder, Judge
 from sanitizer import Sanitizer
@@ -148,3 +148,41 @@ def test_the_judge_allows_an_ulp_and_no_more(dtype):
     assert judge(right[:3])[0] == torch.inf
     assert judge(right.double())[0] == torch.inf
     assert judge(right.where(right > -10, 0).fill_diagonal_(torch.nan))[0] == torch.inf
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_judge_wants_nan_where_the_definition_has_it(gradient):
+    """Of a gradient infinity will do: autograd may add two, one to each side."""
+    spec = next(s for s in SPECS if s.name == "gelu")
+    spec = type(spec)(**{**vars(spec), "gradient": gradient})
+    inputs = spec.inputs(torch.float32, "cpu", shape=(4, 64))
+    inputs["x"][1] = torch.nan
+    right = spec.fn(**inputs)
+    judge = Judge(spec, inputs, torch.float32)
+    assert judge(right)[0] <= 1
+    assert judge(right.nan_to_num())[0] == torch.inf
+    assert (judge(right.nan_to_num(torch.inf))[0] <= 1) == gradient
+
+
+@pytest.mark.parametrize("name", ["x", "residual"])
+def test_a_kernel_that_makes_numbers_of_nan_is_found(name):
+    spec = next(s for s in SPECS if s.name == "layer_norm")
+
+    def without_nan(**inputs):
+        return spec.fn(**{**inputs, name: inputs[name].nan_to_num()})
+
+    lossy = type(spec)(**{**vars(spec), "fn": without_nan})
+    assert any(f"nan in {name}" in fault for fault in of_infinity(lossy, spec.cases[0]))
+
+
+def test_the_mask_of_an_atomic_is_heeded():
+    @triton.jit
+    def total(x_ptr, y_ptr, N, BLOCK: tl.constexpr):
+        offs = tl.arange(0, BLOCK)
+        tl.atomic_add(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < N), mask=offs < N)
+
+    x, y = torch.randn(13), torch.zeros(13)
+    with Sanitizer() as watched:
+        total[(1,)](x, y, 13, BLOCK=16)
+    assert watched.findings == []
+    assert torch.equal(y, x)
