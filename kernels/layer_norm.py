@@ -38,12 +38,17 @@ def load_row(ptr, offs_n, mask_n):
 
 @triton.jit
 def normalize(h, mask_n, N, eps):
-    """((h - mean) * rstd, rstd) of one row h [BLOCK_N]; zero past N."""
-    mean = tl.sum(h, axis=0) / N
-    # Two passes: where |mean| >> std, mean(h^2) - mean(h)^2 is nothing but rounding error.
-    centred = tl.where(mask_n, h - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / N + eps)
-    return centred * rstd, rstd
+    """((h - mean) * rstd, rstd) of one row h [BLOCK_N], whose numbers past N are zero.
+
+    In two passes: where |mean| >> std, mean(h^2) - mean(h)^2 is nothing but rounding error. The
+    first mean has one too, which would be all that is left of a row of equal numbers; so the mean
+    of what is left is taken off as well (Chan, Golub, LeVeque, 1983: the corrected algorithm).
+    """
+    centred = tl.where(mask_n, h - tl.sum(h, axis=0) / N, 0.0)
+    rest = tl.sum(centred, axis=0) / N
+    var = tl.sum(centred * centred, axis=0) / N - rest * rest
+    rstd = tl.rsqrt(tl.maximum(var, 0.0) + eps)
+    return (centred - rest) * rstd, rstd
 
 
 @triton.jit(do_not_specialize_on_alignment=["num_tokens_ptr"])
