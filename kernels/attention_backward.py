@@ -106,6 +106,14 @@ def _products(q, k, start_n, last, PRECISION: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
+def _probability(s, m, log_l, qk_scale, FP32: tl.constexpr):
+    """Of s = q k^T, given its row's maximum m and the log2 of its sum of exp(score - maximum). In
+    16 bits m is already their sum, logsumexp; in fp32 that would be rounded to an ulp of itself,
+    which is the relative error of p."""
+    return tl.exp2((s - m) * qk_scale - log_l if FP32 else s * qk_scale - m)
+
+
+@triton.jit
 def _of_probabilities(
     do, v, start_n, hashes, most, factor, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -119,7 +127,7 @@ def _of_probabilities(
 
 @triton.jit
 def _first_row(b, start_q):
-    """Of sequence b, in lse and delta: a multiple of 128, whose rows come 16 bytes at a time. No
+    """Of sequence b, in m, log_l and delta: a multiple of 128, whose rows come 16 bytes at a time. No
     two sequences share one, since each takes 127 further rows."""
     return (start_q + 127 * b) // 128 * 128
 
@@ -152,7 +160,7 @@ def _dq_kernel(
     cu_seqlens_k_ptr,  # [B + 1]
     seed_ptr,  # [1]; None without dropout
     dq_ptr,  # [T, heads, D], contiguous
-    lse_ptr,  # [heads, rows] in fp32: subtrahend of the logsumexp of scores, / scale; 0 without any
+    m_ptr, log_l_ptr,  # [heads, rows] in fp32: what probability takes; log_l_ptr is None in 16 bits
     delta_ptr,  # [heads, rows] in fp32
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, B, rows, heads, D, blocks,
@@ -217,7 +225,10 @@ def _dq_kernel(
         l = l * rescale + tl.sum(p, 1)
         delta = delta * rescale + tl.sum(p * dp, 1)
         m = m_new
-    lse = tl.where(l == 0.0, 0.0, subtrahend(m + tl.log2(l) / qk_scale, qk_scale, FP32))
+    log_l = tl.where(l == 0.0, 0.0, tl.log2(l))
+    m = subtrahend(tl.where(l == 0.0, 0.0, m), qk_scale, FP32)
+    if not FP32:
+        m += log_l
     delta /= tl.where(l == 0.0, 1.0, l)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -225,14 +236,16 @@ def _dq_kernel(
         k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         s = _products(q, k, start_n, last, PRECISION, BLOCK_N)
-        p = exp_of(s, lse[:, None], qk_scale, FP32)
+        p = _probability(s, m[:, None], log_l[:, None], qk_scale, FP32)
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
         # Scaled here, as of a loop without that Triton 3.6 makes wgmma that wait for each other.
         ds = p * (dp - delta[:, None]) * scale
         dq = _add_product(dq, ds.to(k.dtype), k, PRECISION)
 
     offsets = h * rows + _first_row(b, start_q) + offs_m
-    tl.store(lse_ptr + offsets, lse)
+    tl.store(m_ptr + offsets, m)
+    if FP32:
+        tl.store(log_l_ptr + offsets, log_l)
     tl.store(delta_ptr + offsets, delta)
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_m < length_q)[:, None] & (offs_d < D)[None, :]
@@ -247,7 +260,7 @@ def _dq_kernel(
 def _dkdv_kernel(
     do_ptr, q_ptr,  # [T, heads, D]
     k_ptr, v_ptr,  # [Tk, heads, D]
-    lse_ptr, delta_ptr,  # [heads, rows], as _dq_kernel leaves them
+    m_ptr, log_l_ptr, delta_ptr,  # [heads, rows], as _dq_kernel leaves them
     cu_seqlens_ptr,  # [B + 1]
     cu_seqlens_k_ptr,  # [B + 1]
     seed_ptr,  # [1]; None without dropout
@@ -282,7 +295,9 @@ def _dkdv_kernel(
     q_ptr += start_q * stride_qt + h * stride_qh
     k_ptr += start_k * stride_kt + h * stride_kh
     v_ptr += start_k * stride_vt + h * stride_vh
-    lse_ptr += h * rows + _first_row(b, start_q)
+    m_ptr += h * rows + _first_row(b, start_q)
+    if log_l_ptr is not None:
+        log_l_ptr += h * rows + _first_row(b, start_q)
     delta_ptr += h * rows + _first_row(b, start_q)
 
     k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
@@ -300,12 +315,13 @@ def _dkdv_kernel(
         do = _load_rows(do_ptr, stride_dot, start_m, length_q, D, PRECISION, BLOCK_M, BLOCK_D)
         offs_m = start_m + tl.arange(0, BLOCK_M)
         # Past the end they are those of queries of zeros, which q and do are there.
-        lse = tl.load(lse_ptr + offs_m)
+        m = tl.load(m_ptr + offs_m)
+        log_l = m if log_l_ptr is None else tl.load(log_l_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if CAUSAL:
             s = tl.where(offs_n[:, None] <= (offs_m + shift)[None, :], s, float("-inf"))
-        p = exp_of(s, lse[None, :], qk_scale, FP32)
+        p = _probability(s, m[None, :], log_l[None, :], qk_scale, FP32)
         dropped = p
         if seed_ptr is not None:
             hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)
@@ -379,7 +395,7 @@ def _configs(D, itemsize, drops, arch):
         )
         for op, tile in zip(("attention_dq", "attention_dkdv"), TILES[kind][max(BLOCK_D, 32)])
     )  # fmt: skip
-    # _dq_kernel leaves lse and delta for whole tiles of its own, in rows that adjoin others'.
+    # _dq_kernel leaves m, log_l and delta for whole tiles of its own, in rows that adjoin others'.
     M = min(of_q["BLOCK_M"], 128)
     return {**of_q, "BLOCK_M": M}, {**of_k, "BLOCK_M": min(of_k["BLOCK_M"], M)}
 
@@ -395,7 +411,8 @@ def _backward(
     max_seqlen_k = max_seqlen if max_seqlen_k is None else max_seqlen_k
     (T, heads, D), Tk, B = q.shape, k.shape[0], len(cu_seqlens) - 1
     rows = (T + 127 * B) // 128 * 128
-    lse, delta = q.new_empty(2, heads, rows, dtype=torch.float32)
+    m, log_l, delta = q.new_empty(3, heads, rows, dtype=torch.float32)
+    of_queries = m, log_l if q.itemsize == 4 else None, delta
     form = {"CAUSAL": causal, "PRECISION": launch.precision(q)}
     strides = [s for t in (do, q, k, v) for s in t.stride()[:2]]
     scales = scale, *sign_and_scale(scale), most(dropout_p), factor(dropout_p)
@@ -405,14 +422,14 @@ def _backward(
     if T * heads:
         launch.start(
             _dq_kernel, blocks * heads * (B + 1),
-            do, q, k, v, cu_seqlens, cu_seqlens_k, seed, dq, lse, delta, *strides,
+            do, q, k, v, cu_seqlens, cu_seqlens_k, seed, dq, *of_queries, *strides,
             T, B, rows, heads, D, blocks, *scales, **form, **of_q,
         )
     blocks = max(ceil_div(max_seqlen_k, of_k["BLOCK_N"]), 1)
     if Tk * heads:
         launch.start(
             _dkdv_kernel, blocks * heads * (B + 1),
-            do, q, k, v, lse, delta, cu_seqlens, cu_seqlens_k, seed, dk, dv, *strides,
+            do, q, k, v, *of_queries, cu_seqlens, cu_seqlens_k, seed, dk, dv, *strides,
             Tk, B, rows, heads, D, blocks, *scales, **form, **of_k,
         )
 
@@ -493,7 +510,7 @@ def _cost(itemsize, lengths, lengths_k=None, heads=2, D=64, causal=False, **_):
     """Of the nine products that there are; forward has two."""
     flops, _ = ATTENTION.cost(itemsize, lengths, lengths_k, heads, D, causal)
     Tq, Tk = sum(lengths), sum(lengths if lengths_k is None else lengths_k)
-    sums = 2 * 2 * Tq * heads * 4  # lse and delta, written and read
+    sums = 2 * (3 if itemsize == 4 else 2) * Tq * heads * 4  # m, log_l, delta: written and read
     return 9 * flops // 2, (5 * Tq + 7 * Tk) * heads * D * itemsize + sums
 
 
@@ -517,8 +534,8 @@ SPEC = Spec(
         {"lengths": (1,), "D": 1},
         {"lengths": (13, 13), "D": 8},
         {"lengths": (3, 2), "D": 40, "further": 70},  # rows of no sequence
-        {"lengths": (128, 1), "heads": 1, "D": 16},  # their rows in lse adjoin
-        {"lengths": (129, 128), "heads": 1, "D": 16},  # the last one ends where lse does
+        {"lengths": (128, 1), "heads": 1, "D": 16},  # their rows in m adjoin
+        {"lengths": (129, 128), "heads": 1, "D": 16},  # the last one ends where m does
         {"lengths": (9, 33), "D": 80, "heads": 3},
         {"lengths": (33,), "D": 128, "heads": 1},
         {"lengths": (17,), "D": 256, "heads": 1},

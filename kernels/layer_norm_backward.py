@@ -271,7 +271,7 @@ SPEC = Spec(
         {"shape": (3, 8192)},
         {"shape": (64,)},
         {"shape": (5, 1)},
-        {"shape": (5, 2)},
+        {"shape": (5, 3)},
         {"shape": (0, 64)},
         {"shape": (37, 7)},
         {"shape": (3, 64), "eps": 1.0},  # large enough to matter
