@@ -113,11 +113,8 @@ def answer(
     pairs = _tokenize(questions, contexts, tokenizer, whole_words)
     windows = [w for n, pair in enumerate(pairs) for w in _windows(n, pair, window, stride)]
     spans = [
-        torch.full(
-            (len(p.offsets), min(max_answer_length, len(p.offsets))), -torch.inf,
-            dtype=torch.float64, device="cpu",
-        )  # fmt: skip
-        for p in pairs
+        torch.full((n, min(max_answer_length, n)), -torch.inf, dtype=torch.float64, device="cpu")
+        for n in (len(p.offsets) for p in pairs)
     ]  # z, [i, j - i]
     null = [math.inf] * len(pairs)
     for w, start, end in _logits(windows, pairs, model, batch_tokens):

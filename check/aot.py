@@ -21,10 +21,12 @@ accesses    of the bytes that a launch's global accesses move, 90 % are accessed
 
 For variants of a configuration (Spec.variants) the first three are checked and nothing is
 predicted, even if they are what is launched: roofline.py does not model loops that are flattened
-into one. The prediction is for the form without the variant.
+into one. The prediction is for the form without the variant. So is it for the form without
+num_tokens; with it, as models call the op, the first case alone is compiled.
 """
 
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -56,6 +58,7 @@ from bert_fast.kernels.launch import INTERPRET, KERNELS
 ROOT = Path(__file__).resolve().parents[1]
 GATED = ("sm_80", "sm_90", "gfx942")
 BULK = 4 << 20  # bytes, which an A100 moves in 2 us
+COUNTED = {"num_tokens": 1}  # no entry of a configuration, but other code as well
 WITHOUT_SPEC = "the op {} has kernels and no Spec among SPECS of kernels/__init__.py"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -102,9 +105,12 @@ class OnKernels(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def compile_all(spec, case, dtype, archs):
-    """{arch: the launches of one call of the op}, each kernel compiled for it."""
+def compile_all(spec, case, dtype, archs, num_tokens=False):
+    """{arch: the launches of one call of the op, with num_tokens or without}, each kernel compiled
+    for it."""
     inputs = spec.inputs(dtype, "cpu", **case)
+    if num_tokens:
+        inputs["num_tokens"] = torch.ones(1, dtype=torch.int32)
     return {arch: _launches(spec.fn, inputs, TARGETS[arch].triton) for arch in archs}
 
 
@@ -143,20 +149,23 @@ def kernels_without_spec(specs=SPECS):
 
 
 # -- rows -----------------------------------------------------------------------------------
-def rows(spec, archs, dtypes):
-    """A row for each launch of each benchmark case, and of its variants: a dict, as in the JSON
-    file."""
+def rows(spec, archs, dtypes, counted=True):
+    """A row for each launch of each benchmark case, of its variants, and if counted of the first
+    case with num_tokens: a dict, as in the JSON file."""
     known, usual = {}, set()  # kernels, and those without a variant
-    for name, variant, case in itertools.product(dtypes, ({}, *spec.variants), spec.bench):
-        dtype = DTYPES[name]
+    forms = list(itertools.product(({}, *spec.variants), spec.bench))
+    if counted and "num_tokens" in inspect.signature(spec.fn).parameters:
+        forms.append((COUNTED, spec.bench[0]))
+    for name, (variant, case) in itertools.product(dtypes, forms):
+        dtype, given = DTYPES[name], variant is COUNTED
         flops, moved = spec.cost(dtype.itemsize, **case)
         label = " ".join([spec.label(case), *(f"{k}={v}" for k, v in variant.items())])
-        with varied(variant or {name: 0 for v in spec.variants for name in v}):
-            compiled = compile_all(spec, case, dtype, archs)
+        with varied({name: 0 for v in spec.variants for name in v} | ({} if given else variant)):
+            compiled = compile_all(spec, case, dtype, archs, given)
         for arch, launches in compiled.items():
             hashes = {launch.kernel.hash for launch in launches}
             if variant and hashes <= usual:
-                continue  # no such variant on this architecture
+                continue  # on this architecture no other code
             if not variant:
                 usual |= hashes
             for launch in launches:

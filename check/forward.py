@@ -77,7 +77,8 @@ def seconds(op, case, gpu, dtype, known):
     """Predictions for one call; known caches what was compiled."""
     key = op, repr(case)
     if key not in known:
-        rows = aot.rows(replace(OPS[op], bench=(case,), variants=()), [GPUS[gpu].arch], [dtype])
+        spec = replace(OPS[op], bench=(case,), variants=())
+        rows = aot.rows(spec, [GPUS[gpu].arch], [dtype], counted=False)
         known[key] = sum(row["predicted"][gpu]["seconds"] for row in rows)
     return known[key]
 

@@ -254,8 +254,8 @@ def unit_stride(t):
 
 
 def sign_and_scale(scale):
-    """What kernels take of it: its sign, by which q is multiplied, and |scale| * log2(e), as exp2 is
-    one instruction and exp five. Of 0: 0 and what is not 0, since -inf * 0 would be NaN."""
+    """What kernels take for it: its sign, by which q is multiplied, and |scale| * log2(e), as exp2
+    is one instruction and exp five. For 0 the sign 0 and another scale, as -inf * 0 is NaN."""
     return (scale > 0) - (scale < 0), (abs(scale) or 1.0) * LOG2E
 
 

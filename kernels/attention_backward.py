@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from . import launch
+from .attention import SPEC as ATTENTION
 from .attention import (
     batch_of,
     check_sequences,
@@ -35,7 +36,6 @@ from .attention import (
     tuning_key,
     unit_stride,
 )
-from .attention import SPEC as ATTENTION
 from .dropout import check_dropout, draw, factor, most
 from .launch import ceil_div, next_power_of_2, show, tl, triton
 from .pointwise import factor_of
@@ -127,8 +127,8 @@ def _of_probabilities(
 
 @triton.jit
 def _first_row(b, start_q):
-    """Of sequence b, in m, log_l and delta: a multiple of 128, whose rows come 16 bytes at a time. No
-    two sequences share one, since each takes 127 further rows."""
+    """Of sequence b, in m, log_l and delta: a multiple of 128, whose rows come 16 bytes at a time.
+    No two sequences share one, since each takes 127 further rows."""
     return (start_q + 127 * b) // 128 * 128
 
 
