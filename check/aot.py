@@ -149,12 +149,13 @@ def kernels_without_spec(specs=SPECS):
 
 
 # -- rows -----------------------------------------------------------------------------------
-def rows(spec, archs, dtypes, counted=True):
-    """A row for each launch of each benchmark case, of its variants, and if counted of the first
-    case with num_tokens: a dict, as in the JSON file."""
+def rows(spec, archs, dtypes, only_predicted=False):
+    """A row for each launch of each benchmark case, of its variants, and of the first case with
+    num_tokens: a dict, as in the JSON file. Of the two latter nothing is predicted."""
     known, usual = {}, set()  # kernels, and those without a variant
-    forms = list(itertools.product(({}, *spec.variants), spec.bench))
-    if counted and "num_tokens" in inspect.signature(spec.fn).parameters:
+    variants = () if only_predicted else spec.variants
+    forms = list(itertools.product(({}, *variants), spec.bench))
+    if not only_predicted and "num_tokens" in inspect.signature(spec.fn).parameters:
         forms.append((COUNTED, spec.bench[0]))
     for name, (variant, case) in itertools.product(dtypes, forms):
         dtype, given = DTYPES[name], variant is COUNTED

@@ -77,8 +77,8 @@ def seconds(op, case, gpu, dtype, known):
     """Predictions for one call; known caches what was compiled."""
     key = op, repr(case)
     if key not in known:
-        spec = replace(OPS[op], bench=(case,), variants=())
-        rows = aot.rows(spec, [GPUS[gpu].arch], [dtype], counted=False)
+        spec = replace(OPS[op], bench=(case,))
+        rows = aot.rows(spec, [GPUS[gpu].arch], [dtype], only_predicted=True)
         known[key] = sum(row["predicted"][gpu]["seconds"] for row in rows)
     return known[key]
 

@@ -224,6 +224,15 @@ def test_the_layer_that_is_predicted_is_the_one_that_runs(monkeypatch):
     assert called == [(op, case) for _, op, case in forward.layer(hidden, heads, B, S)]
 
 
+def test_a_forward_is_predicted_of_the_forms_that_the_report_predicts():
+    """Not of the persistent one, which is the default where rows are many."""
+    (spec,) = (s for s in SPECS if s.name == "linear")
+    case = {"T": 16384, "K": 768, "N": 768, "residual": True}
+    rows = aot.rows(replace(spec, bench=(case,)), ["sm_90"], ["bfloat16"])
+    (of_report,) = (row["predicted"]["H200"]["seconds"] for row in rows if row["predicted"])
+    assert forward.seconds("linear", case, "H200", "bfloat16", {}) == of_report
+
+
 def test_a_forward_is_its_layers_and_what_comes_once(monkeypatch):
     asked = []
     monkeypatch.setattr(forward, "seconds", lambda *args: asked.append(args[:2]) or 1e-5)
