@@ -276,7 +276,10 @@ def ragged_mask(lengths, S, device, dtype=torch.int64):
 
 
 def _pack_inputs(dtype, device, lengths, S, mask_dtype=torch.int64):
-    return {"attention_mask": ragged_mask(lengths, S, device, mask_dtype)}
+    mask = ragged_mask(lengths, S, device, mask_dtype)
+    if mask.dtype.is_signed:
+        mask[:, 1::2] *= -1  # whatever is not 0 is a token
+    return {"attention_mask": mask}
 
 
 def _unpack_inputs(dtype, device, lengths, S, N):
