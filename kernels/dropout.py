@@ -37,7 +37,8 @@ def kept(seed, rows, columns, p):
     seed is int64[1], the others int32, whose arithmetic is that of uint32 except for >>.
     """
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
-    hashes = _mix_ref(_mix_ref(_mix_ref(high) + low) + rows)
+    first, second = _mix_ref(_mix_ref(high) + low), _mix_ref(_mix_ref(low) + high)
+    hashes = _mix_ref(_mix_ref(rows + first) + second)
     x = hashes + columns
     x ^= x >> 16 & 0xFFFF
     x *= 0x7FEB352D
@@ -77,9 +78,12 @@ def mix(x):
 
 @triton.jit
 def hash_rows(seed_ptr, rows):
-    """The hash of each row, which all its draws share: uint32, as are rows."""
+    """The hash of each row, which all its draws share: uint32, as are rows. Of two hashes of the
+    seed, since seeds whose only hashes were close would have the same rows, some further on."""
     seed = tl.load(seed_ptr)
-    return mix(mix(mix((seed >> 32).to(tl.uint32)) + seed.to(tl.uint32)) + rows)
+    low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    first, second = mix(mix(high) + low), mix(mix(low) + high)
+    return mix(mix(rows + first) + second)
 
 
 @triton.jit

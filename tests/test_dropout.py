@@ -56,6 +56,28 @@ def test_neighbours_are_independent(seed):
         assert_independent(here, drawn(seed + further))
 
 
+def test_seeds_with_close_hashes_share_no_rows():
+    """Of a hundred dropouts of many rows, two are likely to have such seeds."""
+    first = mixed(mixed(0) + 7) + 5
+    seed = (unmixed(first) - mixed(0)) % 2**32
+    assert mixed(mixed(0) + seed) == first
+    assert_independent(drawn(7)[5:], drawn(seed)[:-5])
+
+
+def mixed(x):
+    x %= 2**32
+    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+    x = (x ^ x >> 15) * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def unmixed(x):
+    x %= 2**32
+    x = (x ^ x >> 16) * pow(0x846CA68B, -1, 2**32) % 2**32
+    x = (x ^ x >> 15 ^ x >> 30) * pow(0x7FEB352D, -1, 2**32) % 2**32
+    return x ^ x >> 16
+
+
 def assert_independent(one, other):
     apart = ((one == other).double().mean() - 0.5) * 2 * math.sqrt(one.numel())
     assert abs(apart) < 5
