@@ -369,10 +369,10 @@ def embedding(
 # -- spec -----------------------------------------------------------------------------------
 def _inputs(
     dtype, device, B, S, N, V=11, tokens=None, embeds=False, types=False, positions=False,
-    padding_idx=None, id_dtype=torch.int64, spread=1.0,
+    padding_idx=None, id_dtype=torch.int64, spread=1.0, mean=10.0,
 ):
     def table(count):
-        return (spread * torch.randn(count, N, device=device)).to(dtype) + 10
+        return (spread * torch.randn(count, N, device=device)).to(dtype) + mean
 
     def draw(high):
         return torch.randint(high, (B, S), device=device, dtype=id_dtype)
@@ -427,6 +427,7 @@ SPEC = Spec(
         {"B": 2, "S": 3, "N": 64, "tokens": 0},
         {"B": 0, "S": 3, "N": 64},
         {"B": 2, "S": 3, "N": 65, "types": True},
+        {"B": 2, "S": 3, "N": 65, "spread": 1e-4, "mean": 0.0},  # 1 beside it is much
         {"B": 2, "S": 4, "N": 33, "types": True, "positions": True, "id_dtype": torch.int32},
     ),
     fuzz=_fuzz,

@@ -226,13 +226,16 @@ def layer_norm_backward(dy, x, weight, residual=None, eps=1e-12, num_tokens=None
 
 
 # -- spec -----------------------------------------------------------------------------------
-def _inputs(dtype, device, shape, residual=False, eps=1e-12, weight_dtype=None, num_tokens=None):
+def _inputs(
+    dtype, device, shape, residual=False, eps=1e-12, weight_dtype=None, num_tokens=None,
+    spread=1.0, mean=100.0,
+):
     if num_tokens is not None:
         num_tokens = torch.tensor([num_tokens], dtype=torch.int32, device=device)
     return {
         "dy": torch.randn(shape, device=device).to(dtype),
         # |mean| >> std, where a one-pass variance fails
-        "x": torch.randn(shape, device=device).to(dtype) + 100,
+        "x": (spread * torch.randn(shape, device=device)).to(dtype) + mean,
         "weight": torch.randn(shape[-1], device=device).to(weight_dtype or dtype),
         "residual": torch.randn(shape, device=device).to(dtype) if residual else None,
         "eps": eps,
@@ -242,7 +245,7 @@ def _inputs(dtype, device, shape, residual=False, eps=1e-12, weight_dtype=None, 
 
 def _fuzz(rng):
     case = {"shape": fuzz_shape(rng), "residual": rng.random() < 0.3}
-    if case["shape"][-1] == 2:  # x_hat is 1 and -1: dx is nothing but the rounding error of a mean
+    if case["shape"][-1] == 2:  # x_hat is 1 and -1, and dx nothing but rounding error
         case["shape"][-1] = 3
     if rng.random() < 0.3:
         case["eps"] = rng.choice((1e-5, 1.0))
@@ -274,6 +277,7 @@ SPEC = Spec(
         {"shape": (5, 3)},
         {"shape": (0, 64)},
         {"shape": (37, 7)},
+        {"shape": (3, 100), "spread": 1e-3, "mean": 0.0},  # 1 beside it is much
         {"shape": (3, 64), "eps": 1.0},  # large enough to matter
         {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
         {"shape": (11, 64), "num_tokens": 0},

@@ -108,8 +108,8 @@ FOUND = (  # by long runs: faults of the judge, and of the last the op's
 
 
 def test_layer_norm_backward_is_not_asked_for_two_columns():
-    """dx is zero there but for eps, and the kernel's x_hat has the rounding error of a mean, which
-    autograd's cancels: with any other number of columns the judge sees the derivative."""
+    """dx is zero there but for eps, and the rounding errors of the kernel's x_hat are not those of
+    autograd's: with any other number of columns the judge sees the derivative."""
     (spec,) = (s for s in SPECS if s.name == "layer_norm_backward")
     columns = {fuzz.case_of(n, 0, [spec])["case"]["shape"][-1] for n in range(300)}
     assert {1, 3, 768} < columns
