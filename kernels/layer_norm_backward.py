@@ -258,7 +258,7 @@ def _cost(itemsize, shape, residual=False, **_):
     size, N = math.prod(shape), shape[-1]
     # The fp32 sums, written and read; on an H100.
     sums = 2 * N * _programs(size // N, _beside(N), 132)
-    flops = (16 + residual) * size + 2 * sums
+    flops = (18 + residual) * size + 2 * sums
     return flops, ((3 + residual) * size + 3 * N) * itemsize + 8 * sums
 
 
