@@ -520,7 +520,6 @@ SPEC = Spec(
         {"lengths": (31, 7), "scale": 1.0},  # near one-hot
         {"lengths": (1, 1, 1, 65), "heads": 3, "scale": 30.0},  # exp2 of scores would be 0 or inf
         {"lengths": (3, 70), "heads": 1, "scale": -0.5},
-        {"lengths": (5,), "lengths_k": (16,), "heads": 1, "D": 16, "scale": 0.0},
         {"lengths": (3,), "lengths_k": (8192,), "heads": 1, "D": 16},
         {"lengths": (40, 66), "heads": 3, "D": 32, "dropout_p": 0.5},
         {"lengths": (3, 70), "lengths_k": (65, 2), "causal": True, "dropout_p": 0.1},
