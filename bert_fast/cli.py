@@ -469,4 +469,3 @@ def _progress(what):
         todo, what, console=console, transient=True,
         disable=not console.is_terminal or len(todo) < 8,
     )  # fmt: skip
-

@@ -24,6 +24,7 @@ When recorded, when dropped   As in graphs.py. train() and eval() drop nothing: 
                 are kept apart from the others. All are dropped if other weights are to be trained.
 """
 
+import copy
 import weakref
 from functools import partial
 
@@ -112,10 +113,10 @@ def _on_leaves_of_its_own(model, parameters):
     leaves = {p: p.detach().requires_grad_() for p in parameters}
 
     def copied(module):
-        copy = module._replicate_for_data_parallel()  # without parameters
-        copy._parameters = {name: leaves.get(p, p) for name, p in module._parameters.items()}
-        copy._modules = {name: m and copied(m) for name, m in module._modules.items()}
-        return copy
+        twin = copy.copy(module)
+        twin._parameters = {name: leaves.get(p, p) for name, p in module._parameters.items()}
+        twin._modules = {name: m and copied(m) for name, m in module._modules.items()}
+        return twin
 
     return copied(model), list(leaves.values())
 

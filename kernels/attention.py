@@ -86,9 +86,10 @@ def subtrahend(m, qk_scale, FP32: tl.constexpr):
 
 
 @triton.jit
-def exp_of(s, m, qk_scale, FP32: tl.constexpr):
-    """exp(scale * (s - m)) of s = q k^T, given subtrahend(m)."""
-    return tl.exp2((s - m) * qk_scale if FP32 else s * qk_scale - m)
+def exp_of(s, m, qk_scale, FP32: tl.constexpr, log_l=0.0):
+    """exp(scale * (s - m)) / 2^log_l of s = q k^T, given subtrahend(m). In 16 bits log_l is in m
+    already; in fp32 their sum would be rounded to an ulp of itself, the relative error of this."""
+    return tl.exp2((s - m) * qk_scale - log_l if FP32 else s * qk_scale - m)
 
 
 @triton.jit
@@ -255,8 +256,11 @@ def unit_stride(t):
 
 def sign_and_scale(scale):
     """What kernels take for it: its sign, by which q is multiplied, and |scale| * log2(e), as exp2
-    is one instruction and exp five. For 0 the sign 0 and another scale, as -inf * 0 is NaN."""
-    return (scale > 0) - (scale < 0), (abs(scale) or 1.0) * LOG2E
+    is one instruction and exp five. For what fp32 has as 0, the sign 0 and another scale, as
+    -inf * 0 is NaN."""
+    if abs(scale) < torch.finfo(torch.float32).tiny:
+        return 0, LOG2E
+    return 1 if scale > 0 else -1, abs(scale) * LOG2E
 
 
 def _forward(

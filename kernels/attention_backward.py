@@ -106,14 +106,6 @@ def _products(q, k, start_n, last, PRECISION: tl.constexpr, BLOCK_N: tl.constexp
 
 
 @triton.jit
-def _probability(s, m, log_l, qk_scale, FP32: tl.constexpr):
-    """Of s = q k^T, given its row's maximum m and the log2 of its sum of exp(score - maximum). In
-    16 bits m is already their sum, logsumexp; in fp32 that would be rounded to an ulp of itself,
-    which is the relative error of p."""
-    return tl.exp2((s - m) * qk_scale - log_l if FP32 else s * qk_scale - m)
-
-
-@triton.jit
 def _of_probabilities(
     do, v, start_n, hashes, most, factor, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -160,7 +152,7 @@ def _dq_kernel(
     cu_seqlens_k_ptr,  # [B + 1]
     seed_ptr,  # [1]; None without dropout
     dq_ptr,  # [T, heads, D], contiguous
-    m_ptr, log_l_ptr,  # [heads, rows] in fp32: what probability takes; log_l_ptr is None in 16 bits
+    m_ptr, log_l_ptr,  # [heads, rows] in fp32: what exp_of takes; log_l_ptr is None in 16 bits
     delta_ptr,  # [heads, rows] in fp32
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, B, rows, heads, D, blocks,
@@ -225,6 +217,7 @@ def _dq_kernel(
         l = l * rescale + tl.sum(p, 1)
         delta = delta * rescale + tl.sum(p * dp, 1)
         m = m_new
+    # Of a query without keys 0, as s is -inf.
     log_l = tl.where(l == 0.0, 0.0, tl.log2(l))
     m = subtrahend(tl.where(l == 0.0, 0.0, m), qk_scale, FP32)
     if not FP32:
@@ -236,7 +229,7 @@ def _dq_kernel(
         k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         s = _products(q, k, start_n, last, PRECISION, BLOCK_N)
-        p = _probability(s, m[:, None], log_l[:, None], qk_scale, FP32)
+        p = exp_of(s, m[:, None], qk_scale, FP32, log_l[:, None])
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
         # Scaled here, as of a loop without that Triton 3.6 makes wgmma that wait for each other.
         ds = p * (dp - delta[:, None]) * scale
@@ -321,7 +314,7 @@ def _dkdv_kernel(
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if CAUSAL:
             s = tl.where(offs_n[:, None] <= (offs_m + shift)[None, :], s, float("-inf"))
-        p = _probability(s, m[None, :], log_l[None, :], qk_scale, FP32)
+        p = exp_of(s, m[None, :], qk_scale, FP32, log_l[None, :])
         dropped = p
         if seed_ptr is not None:
             hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)

@@ -37,8 +37,8 @@ def kept(seed, rows, columns, p):
     seed is int64[1], the others int32, whose arithmetic is that of uint32 except for >>.
     """
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
-    first, second = _mix_ref(_mix_ref(high) + low), _mix_ref(_mix_ref(low) + high)
-    hashes = _mix_ref(_mix_ref(rows + first) + second)
+    start, step = _mix_ref(_mix_ref(high) + low), _mix_ref(_mix_ref(low) + high) | 1
+    hashes = _mix_ref(rows * step + start)
     x = hashes + columns
     x ^= x >> 16 & 0xFFFF
     x *= 0x7FEB352D
@@ -78,12 +78,12 @@ def mix(x):
 
 @triton.jit
 def hash_rows(seed_ptr, rows):
-    """The hash of each row, which all its draws share: uint32, as are rows. Of two hashes of the
-    seed, since seeds whose only hashes were close would have the same rows, some further on."""
+    """The hash of each row, which all its draws share: uint32, as are rows. With a step of 1 seeds
+    whose starts are close would have the same rows, some further on."""
     seed = tl.load(seed_ptr)
     low, high = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    first, second = mix(mix(high) + low), mix(mix(low) + high)
-    return mix(mix(rows + first) + second)
+    start, step = mix(mix(high) + low), mix(mix(low) + high) | 1
+    return mix(rows * step + start)
 
 
 @triton.jit

@@ -427,7 +427,7 @@ SPEC = Spec(
         {"B": 2, "S": 3, "N": 64, "tokens": 0},
         {"B": 0, "S": 3, "N": 64},
         {"B": 2, "S": 3, "N": 65, "types": True},
-        {"B": 2, "S": 3, "N": 65, "spread": 1e-3, "mean": 0.0},  # 1 beside it is much
+        {"B": 2, "S": 3, "N": 65, "spread": 1e-3, "mean": 0.0},  # a 1 read past N would show
         {"B": 2, "S": 4, "N": 33, "types": True, "positions": True, "id_dtype": torch.int32},
     ),
     fuzz=_fuzz,

@@ -249,7 +249,7 @@ SPEC = Spec(
         {"shape": (5, 1)},
         {"shape": (0, 64)},
         {"shape": (37, 7)},
-        {"shape": (3, 100), "residual": False, "spread": 1e-3, "mean": 0.0},  # 1 beside it is much
+        {"shape": (3, 100), "residual": False, "spread": 1e-3, "mean": 0.0},  # 1 past N would show
         {"shape": (3, 64), "eps": 1.0},  # large enough to matter
         {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
         {"shape": (3, 64), "residual_dtype": torch.bfloat16},  # as under autocast

@@ -277,7 +277,7 @@ SPEC = Spec(
         {"shape": (5, 3)},
         {"shape": (0, 64)},
         {"shape": (37, 7)},
-        {"shape": (3, 100), "spread": 1e-3, "mean": 0.0},  # 1 beside it is much
+        {"shape": (3, 100), "spread": 1e-3, "mean": 0.0},  # a 1 read past N would show
         {"shape": (3, 64), "eps": 1.0},  # large enough to matter
         {"shape": (3, 64), "weight_dtype": torch.float32},  # fp32 master weights
         {"shape": (11, 64), "num_tokens": 0},

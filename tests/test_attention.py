@@ -40,6 +40,19 @@ def test_lengths_past_the_rows_are_refused():
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-60, -1e-60])
+def test_a_scale_that_fp32_has_as_zero_is_zero(scale):
+    """-inf * 0 would be NaN where a key is masked."""
+    q, k, v = (torch.randn(n, 2, 16, device=DEVICE) for n in (5, 33, 33))
+    lengths = cu_seqlens_of([5], DEVICE), 5
+    of_keys = {"cu_seqlens_k": cu_seqlens_of([33], DEVICE), "max_seqlen_k": 33, "scale": scale}
+    o = attention(q, k, v, *lengths, **of_keys)
+    torch.testing.assert_close(o, v.mean(0).expand_as(q), atol=1e-6, rtol=1e-5)
+    grads = attention_backward(q, q, k, v, *lengths, **of_keys)
+    torch.testing.assert_close(grads.dv, q.sum(0).expand_as(v) / 33, atol=1e-6, rtol=1e-5)
+    assert not grads.dq.any() and not grads.dk.any()
+
+
 @pytest.mark.skipif(not (GPU or INTERPRET), reason="torch's own attention chooses by shape")
 @pytest.mark.usefixtures("sums_without_place")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -180,6 +180,12 @@ def test_table_has_the_numbers_and_no_more_rows_than_fit(stock, device):
     assert "and 3 more; " in many.stderr
 
 
+def test_a_terminal_obeys_nothing_in_a_text():
+    result = run("embed", "one\x1b[31m two\x07\u202e")
+    assert "one [31m two  " in result.stdout
+    assert not {"\x1b", "\x07", "\u202e"} & set(result.stdout)
+
+
 def test_markup_in_a_text_is_text():
     assert "[red]one[/]" in run("embed", "[red]one[/]").stdout
 

@@ -56,7 +56,7 @@ def test_neighbours_are_independent(seed):
         assert_independent(here, drawn(seed + further))
 
 
-def test_seeds_with_close_hashes_share_no_rows():
+def test_seeds_with_close_starts_share_no_rows():
     """Of a hundred dropouts of many rows, two are likely to have such seeds."""
     first = mixed(mixed(0) + 7) + 5
     seed = (unmixed(first) - mixed(0)) % 2**32
