@@ -11,9 +11,11 @@
 #
 # Without a GPU (docs/how_it_is_checked.md):
 # make check OP=layer_norm   every check of one op, in one to five minutes for a small one
-# make fuzz CASES=100000     random cases against the definition; SEED=, OP=, JSON=, or one CASE=
+# make fuzz CASES=100000     random cases against the definition; SEED=, OP=, JSON=, or one CASE=;
+#                            ARCH=sm_90 for compiled kernels
 # make mutants               bugs made from the kernels, each must be found; SAMPLE=, OP=, JSON=
 # make aot                   every kernel compiled: resources, predicted time; OP=, ARCH=, JSON=
+# make compiled              every kernel compiled and executed, in an emulator; OP=, ARCH=
 # make overhead              how long Python takes to launch a forward
 
 PYTHON ?= python3
@@ -30,7 +32,7 @@ CASES := 2000
 # One process per core, each with one thread: tests are small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-interpreter test-native check fuzz mutants aot overhead bench readme \
+.PHONY: demo test test-interpreter test-native check fuzz mutants aot compiled overhead bench readme \
 	compat hf-tests gpu checkpoint lint clean
 
 demo: .venv/ready
@@ -50,7 +52,7 @@ check: .venv/ready
 	@TRITON_INTERPRET=1 $(BIN)/python check op $(OP)
 
 fuzz: .venv/ready
-	@TRITON_INTERPRET=1 $(BIN)/python check fuzz $(OP:%=--op %) \
+	@$(if $(ARCH),,TRITON_INTERPRET=1) $(BIN)/python check fuzz $(OP:%=--op %) $(ARCH:%=--arch %) \
 		$(if $(CASE),--case '$(CASE)',--cases $(CASES) $(SEED:%=--seed %) $(JSON:%=--json %))
 
 mutants: .venv/ready
@@ -58,6 +60,9 @@ mutants: .venv/ready
 
 aot: .venv/ready
 	@$(BIN)/python check aot $(OP:%=--op %) $(ARCH:%=--arch %) $(JSON:%=--json %)
+
+compiled: .venv/ready
+	@$(BIN)/python check compiled $(OP:%=--op %) $(ARCH:%=--arch %)
 
 overhead: .venv/ready
 	@$(BIN)/python check overhead

@@ -4,6 +4,7 @@
     python check fuzz --cases 2000      random cases against the definition
     python check mutants                bugs generated mechanically: each must be found
     python check aot                    every kernel compiled: resources, budgets, predicted time
+    python check compiled               every kernel compiled and executed, in an emulator
     python check forward                the predicted time of a forward on a GPU, from aot
     python check overhead               how long Python takes to launch a forward
 
@@ -27,6 +28,7 @@ if not HAS_TRITON:
     sys.exit("check: needs triton, which runs on Linux; pip install triton")
 
 import aot
+import compiled
 import forward
 import fuzz
 import mutants
@@ -34,8 +36,8 @@ import one_op
 import overhead
 
 COMMANDS = {
-    "op": one_op, "fuzz": fuzz, "mutants": mutants, "aot": aot, "forward": forward,
-    "overhead": overhead,
+    "op": one_op, "fuzz": fuzz, "mutants": mutants, "aot": aot, "compiled": compiled,
+    "forward": forward, "overhead": overhead,
 }  # fmt: skip
 
 

@@ -53,7 +53,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bert_fast import kernels
 from bert_fast.kernels import SPECS
-from bert_fast.kernels.launch import INTERPRET, KERNELS
+from bert_fast.kernels.launch import COMPOSED, INTERPRET, KERNELS
 
 ROOT = Path(__file__).resolve().parents[1]
 GATED = ("sm_80", "sm_90", "gfx942")
@@ -92,17 +92,18 @@ class Driver:
 
 
 class OnKernels(TorchDispatchMode):
-    """Calls the Triton form of every bert_fast op that has one, whatever the device."""
+    """Every bert_fast op runs as on a GPU: its Triton form, or what it is composed of."""
 
     def __init__(self):
         super().__init__()
         self.called = set()  # their names
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.namespace == "bert_fast":
-            self.called.add(op._opname)
-            return KERNELS[op._opname](*args)
-        return op(*args, **(kwargs or {}))
+        if op.namespace != "bert_fast":
+            return op(*args, **(kwargs or {}))
+        self.called.add(op._opname)
+        with self:  # ops that are composed of others call these
+            return (KERNELS | COMPOSED)[op._opname](*args)
 
 
 def compile_all(spec, case, dtype, archs, num_tokens=False):

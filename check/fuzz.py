@@ -1,4 +1,5 @@
-"""Seeded random cases of every op, in the interpreter, against the definition in fp64.
+"""Seeded random cases of every op, in the interpreter, against the definition in fp64. With --arch
+the kernels are compiled and run in the emulator instead.
 
 A case is what the Spec draws (shapes, options) plus a dtype, a memory layout, a magnitude, and a
 place for NaN and infinity. It is one JSON object, so one line reproduces a failure. Failing cases
@@ -16,13 +17,14 @@ import time
 import warnings
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from compiled import ARCHS, emulated
 from judge import LAYOUTS, Judge, further_rows, is_float, is_packed, laid_out, varied
 from rich.console import Console
 from rich.progress import track
@@ -120,9 +122,12 @@ def run(drawn):
     judge = Judge(spec, inputs, BY_NAME[drawn["dtype"]])
     rows = drawn["poison"] == "rows" and is_packed(spec, inputs)
     variant = varied(drawn.get("variant", {}))
+    kernels = emulated(drawn["arch"]) if "arch" in drawn else nullcontext()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
-        with torch.no_grad(), np.errstate(all="ignore"), warnings.catch_warnings(), variant:
+        with (
+            torch.no_grad(), np.errstate(all="ignore"), warnings.catch_warnings(), variant, kernels,
+        ):  # fmt: skip
             warnings.simplefilter("ignore")  # numpy's, about NaN and infinity
             result = spec.fn(**further_rows(spec, inputs) if rows else inputs)
             written = spec.fn(**further_rows(spec, inputs, fill=0)) if rows else None
@@ -194,25 +199,27 @@ def _smaller(value):
 
 def command(drawn):
     """The line that reproduces a case."""
-    return f"make fuzz CASE='{json.dumps(drawn, separators=(',', ':'))}'"
+    case = {k: v for k, v in drawn.items() if k != "arch"}
+    arch = f" ARCH={drawn['arch']}" if "arch" in drawn else ""
+    return f"make fuzz{arch} CASE='{json.dumps(case, separators=(',', ':'))}'"
 
 
 # -- many -----------------------------------------------------------------------------------
-def case_of(number, seed, specs):
+def case_of(number, seed, specs, arch=None):
     """Case `number` of a run, the same whichever worker draws it."""
     rng = random.Random(f"{seed} {number}")
-    return draw(specs[number % len(specs)], rng)
+    return draw(specs[number % len(specs)], rng) | ({"arch": arch} if arch else {})
 
 
-def _chunk(numbers, seed, names):
+def _chunk(numbers, seed, names, arch):
     specs = [s for s in SPECS if s.name in names]
-    return [(drawn, *run(drawn)) for drawn in (case_of(n, seed, specs) for n in numbers)]
+    return [(drawn, *run(drawn)) for drawn in (case_of(n, seed, specs, arch) for n in numbers)]
 
 
-def campaign(cases, seed, specs, jobs):
+def campaign(cases, seed, specs, jobs, arch=None):
     """Runs the cases; {"cases", "seed", "seconds", "ops": {...}, "failures": [...]}."""
     started = time.monotonic()
-    chunk = partial(_chunk, seed=seed, names=[s.name for s in specs])
+    chunk = partial(_chunk, seed=seed, names=[s.name for s in specs], arch=arch)
     chunks = [range(i, min(i + CHUNK, cases)) for i in range(0, cases, CHUNK)]
     rows, failures = defaultdict(list), []
     with ExitStack() as stack:
@@ -268,20 +275,23 @@ def add_arguments(parser):
     parser.add_argument("--cases", type=int, default=2000, help="default 2000")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--arch", choices=ARCHS, help="in the emulator, compiled for this")
     parser.add_argument("--case", type=json.loads, metavar="JSON", help="run this case alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there")
 
 
 def main(options, specs):
-    if not INTERPRET:
-        sys.exit("check fuzz: runs kernels in the interpreter; set TRITON_INTERPRET=1")
+    if not INTERPRET and not options.arch:
+        sys.exit("check fuzz: runs kernels in the interpreter; set TRITON_INTERPRET=1, or --arch")
+    if INTERPRET and options.arch:
+        sys.exit("check fuzz: the interpreter compiles nothing; for --arch unset TRITON_INTERPRET")
     console = Console()
     if options.case:
-        wrong, share, error = run(options.case)
+        wrong, share, error = run(options.case | ({"arch": options.arch} if options.arch else {}))
         console.print(f"{share:.3g} of the allowance, {error:.3g} times stock's error")
         console.print(wrong or "nothing wrong", markup=False)
         return int(wrong is not None)
-    summary = campaign(options.cases, options.seed, specs, options.jobs)
+    summary = campaign(options.cases, options.seed, specs, options.jobs, options.arch)
     console.print(table(summary))
     for drawn, wrong in summary["failures"][:5]:
         console.print(f"{wrong}\n  {command(shrink(drawn))}", soft_wrap=True, markup=False)

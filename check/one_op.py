@@ -1,4 +1,4 @@
-"""All checks of one op: tests, sanitizer, cost, fuzz, mutants, compile report.
+"""All checks of one op: tests, sanitizer, cost, fuzz, mutants, compile report, compiled kernels.
 
 A small op takes one to five minutes on two cores. The interpreter and the compiler need separate
 processes: this one interprets, and runs the tests and the compiler as subprocesses.
@@ -52,12 +52,12 @@ def main(options, specs):
     console = Console(width=None if sys.stdout.isatty() else 120)
     started = time.monotonic()
     with ThreadPoolExecutor(1) as beside:
-        compiled = beside.submit(_timed, report, spec)  # takes as long as all others together
+        compiled = [beside.submit(_timed, check, spec) for check in (report, emulated)]
         lines = [_timed(check, spec) for check in (sanitizer, cost)]
         # Accesses that the sanitizer stops would otherwise happen, and may end this process.
         safe = lines[0].good
         lines += [_timed(check, spec) for check in (UNWATCHED if safe else ())]
-        lines += [_timed(native_tests, spec), compiled.result()]
+        lines += [_timed(native_tests, spec), *(line.result() for line in compiled)]
 
     grid = Table(title=f"{spec.name}, {time.monotonic() - started:.0f} s", box=None)
     for column in ("check", "", "", "s"):
@@ -161,3 +161,11 @@ def report(spec):
     case = f"; {last} in bf16: {times}" if rows else ""
     said = f"{len(rows)} launches for {', '.join(GATED)}{case}"
     return Line("compiled", not over, said, tuple(over[:5]))
+
+
+def emulated(spec):
+    command = [sys.executable, ROOT / "check", "compiled", "--op", spec.name, "--jobs", "1"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    *found, said = (done.stdout or done.stderr).strip().splitlines() or ["nothing was printed"]
+    return Line("executed", done.returncode == 0, said, tuple(found[:5]))

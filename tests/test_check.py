@@ -50,7 +50,7 @@ def test_help_has_a_whole_sentence_for_each_command():
     listed = done.stdout.partition("positional")[2]
     said = re.findall(r"^    (\w+) {2,}(\S.*)$", listed, re.MULTILINE)
     assert [command for command, _ in said] == [
-        "op", "fuzz", "mutants", "aot", "forward", "overhead",
+        "op", "fuzz", "mutants", "aot", "compiled", "forward", "overhead",
     ]  # fmt: skip
     for command, sentence in said:
         assert sentence.endswith("."), (command, sentence)
@@ -60,7 +60,7 @@ def test_each_command_says_how_it_wants_the_interpreter():
     done = check("op", "gelu", TRITON_INTERPRET="0")
     assert done.returncode == 1
     assert "set TRITON_INTERPRET=1" in done.stderr
-    for command in ("aot", "overhead"):
+    for command in ("aot", "compiled", "overhead"):
         done = check(command)
         assert done.returncode == 1
         assert "unset TRITON_INTERPRET" in done.stderr
@@ -123,7 +123,7 @@ def test_the_page_on_a_new_kernel_ends_with_a_green_check(project):
     verdicts = re.findall(r"^ (.*?) +(good|BAD) ", done.stdout, re.MULTILINE)
     assert [name for name, verdict in verdicts if verdict == "good"] == [
         "sanitizer and values", "measured cost", "fuzzer", "mutants", "tests, kernels",
-        "tests, CPU form", "compiled",
+        "tests, CPU form", "compiled", "executed",
     ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The fuzzer: its cases are the same each time, fail where they should, and shrink."""
 
+import argparse
 import json
 import shlex
 import sys
@@ -143,7 +144,7 @@ def test_a_failure_is_reported_with_its_line(monkeypatch, capsys):
         "failures": [(fuzz.case_of(0, 0, SPECS), "all wrong")],
     }  # fmt: skip
     monkeypatch.setattr(fuzz, "campaign", lambda *args: summary)
-    options = type("Options", (), {"case": None, "cases": 1, "seed": 0, "jobs": 1, "json": None})
+    options = argparse.Namespace(case=None, cases=1, seed=0, jobs=1, json=None, arch=None)
     assert fuzz.main(options, SPECS) == 1
     assert "make fuzz CASE='{" in capsys.readouterr().out
 
