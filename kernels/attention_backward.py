@@ -32,7 +32,6 @@ from .attention import (
     scales_of,
     sign_and_scale,
     softmax,
-    subtrahend,
     tuning_key,
     unit_stride,
 )
@@ -152,8 +151,7 @@ def _dq_kernel(
     cu_seqlens_k_ptr,  # [B + 1]
     seed_ptr,  # [1]; None without dropout
     dq_ptr,  # [T, heads, D], contiguous
-    m_ptr, log_l_ptr,  # [heads, rows] in fp32: what exp_of takes; log_l_ptr is None in 16 bits
-    delta_ptr,  # [heads, rows] in fp32
+    m_ptr, log_l_ptr, delta_ptr,  # [heads, rows] in fp32: of exp_of, and the sum of p dp
     stride_dot, stride_doh, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     T, B, rows, heads, D, blocks,
     scale,
@@ -200,7 +198,6 @@ def _dq_kernel(
     if seed_ptr is not None:
         hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)
 
-    FP32: tl.constexpr = q.dtype == tl.float32
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # maximum of q k^T
     l = tl.zeros([BLOCK_M], tl.float32)  # sum of exp(score - maximum)
     delta = tl.zeros([BLOCK_M], tl.float32)  # the same, each times dp
@@ -212,16 +209,14 @@ def _dq_kernel(
         m_new = tl.maximum(m, tl.max(s, 1))
         # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
         m_finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = exp_of(s, subtrahend(m_finite, qk_scale, FP32)[:, None], qk_scale, FP32)
+        p = exp_of(s, m_finite[:, None], qk_scale)
         rescale = tl.exp2((m - m_finite) * qk_scale)
         l = l * rescale + tl.sum(p, 1)
         delta = delta * rescale + tl.sum(p * dp, 1)
         m = m_new
     # Of a query without keys 0, as s is -inf.
     log_l = tl.where(l == 0.0, 0.0, tl.log2(l))
-    m = subtrahend(tl.where(l == 0.0, 0.0, m), qk_scale, FP32)
-    if not FP32:
-        m += log_l
+    m = tl.where(l == 0.0, 0.0, m)
     delta /= tl.where(l == 0.0, 1.0, l)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -229,7 +224,7 @@ def _dq_kernel(
         k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         v = _load_rows(v_ptr, stride_vt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
         s = _products(q, k, start_n, last, PRECISION, BLOCK_N)
-        p = exp_of(s, m[:, None], qk_scale, FP32, log_l[:, None])
+        p = exp_of(s, m[:, None], qk_scale, log_l[:, None])
         dp = _of_probabilities(do, v, start_n, hashes, most, factor, PRECISION, BLOCK_N)
         # Scaled here, as of a loop without that Triton 3.6 makes wgmma that wait for each other.
         ds = p * (dp - delta[:, None]) * scale
@@ -237,8 +232,7 @@ def _dq_kernel(
 
     offsets = h * rows + _first_row(b, start_q) + offs_m
     tl.store(m_ptr + offsets, m)
-    if FP32:
-        tl.store(log_l_ptr + offsets, log_l)
+    tl.store(log_l_ptr + offsets, log_l)
     tl.store(delta_ptr + offsets, delta)
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_m < length_q)[:, None] & (offs_d < D)[None, :]
@@ -289,8 +283,7 @@ def _dkdv_kernel(
     k_ptr += start_k * stride_kt + h * stride_kh
     v_ptr += start_k * stride_vt + h * stride_vh
     m_ptr += h * rows + _first_row(b, start_q)
-    if log_l_ptr is not None:
-        log_l_ptr += h * rows + _first_row(b, start_q)
+    log_l_ptr += h * rows + _first_row(b, start_q)
     delta_ptr += h * rows + _first_row(b, start_q)
 
     k = _load_rows(k_ptr, stride_kt, start_n, length_k, D, PRECISION, BLOCK_N, BLOCK_D)
@@ -300,7 +293,6 @@ def _dkdv_kernel(
     shift = length_k - length_q
     # Earlier queries see none of these keys.
     start = tl.maximum(start_n - shift, 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
-    FP32: tl.constexpr = k.dtype == tl.float32
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start_m in range(start, length_q, BLOCK_M):
@@ -309,12 +301,12 @@ def _dkdv_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         # Past the end they are those of queries of zeros, which q and do are there.
         m = tl.load(m_ptr + offs_m)
-        log_l = m if log_l_ptr is None else tl.load(log_l_ptr + offs_m)
+        log_l = tl.load(log_l_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         if CAUSAL:
             s = tl.where(offs_n[:, None] <= (offs_m + shift)[None, :], s, float("-inf"))
-        p = exp_of(s, m[None, :], qk_scale, FP32, log_l[None, :])
+        p = exp_of(s, m[None, :], qk_scale, log_l[None, :])
         dropped = p
         if seed_ptr is not None:
             hashes = hash_queries(seed_ptr, start_q + offs_m, h, heads)
@@ -405,7 +397,6 @@ def _backward(
     (T, heads, D), Tk, B = q.shape, k.shape[0], len(cu_seqlens) - 1
     rows = (T + 127 * B) // 128 * 128
     m, log_l, delta = q.new_empty(3, heads, rows, dtype=torch.float32)
-    of_queries = m, log_l if q.itemsize == 4 else None, delta
     form = {"CAUSAL": causal, "PRECISION": launch.precision(q)}
     strides = [s for t in (do, q, k, v) for s in t.stride()[:2]]
     scales = scale, *sign_and_scale(scale), most(dropout_p), factor(dropout_p)
@@ -415,14 +406,14 @@ def _backward(
     if T * heads:
         launch.start(
             _dq_kernel, blocks * heads * (B + 1),
-            do, q, k, v, cu_seqlens, cu_seqlens_k, seed, dq, *of_queries, *strides,
+            do, q, k, v, cu_seqlens, cu_seqlens_k, seed, dq, m, log_l, delta, *strides,
             T, B, rows, heads, D, blocks, *scales, **form, **of_q,
         )
     blocks = max(ceil_div(max_seqlen_k, of_k["BLOCK_N"]), 1)
     if Tk * heads:
         launch.start(
             _dkdv_kernel, blocks * heads * (B + 1),
-            do, q, k, v, *of_queries, cu_seqlens, cu_seqlens_k, seed, dk, dv, *strides,
+            do, q, k, v, m, log_l, delta, cu_seqlens, cu_seqlens_k, seed, dk, dv, *strides,
             Tk, B, rows, heads, D, blocks, *scales, **form, **of_k,
         )
 
@@ -503,7 +494,7 @@ def _cost(itemsize, lengths, lengths_k=None, heads=2, D=64, causal=False, **_):
     """Of the nine products that there are; forward has two."""
     flops, _ = ATTENTION.cost(itemsize, lengths, lengths_k, heads, D, causal)
     Tq, Tk = sum(lengths), sum(lengths if lengths_k is None else lengths_k)
-    sums = 2 * (3 if itemsize == 4 else 2) * Tq * heads * 4  # m, log_l, delta: written and read
+    sums = 2 * 3 * Tq * heads * 4  # m, log_l, delta: written and read
     return 9 * flops // 2, (5 * Tq + 7 * Tk) * heads * D * itemsize + sums
 
 

@@ -53,6 +53,23 @@ def test_a_scale_that_fp32_has_as_zero_is_zero(scale):
     assert not grads.dq.any() and not grads.dk.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # fp16 ends at 65,504
+def test_of_huge_scores_the_largest_has_all(dtype):
+    torch.manual_seed(0)
+    q, k, v, do = (torch.randn(n, 2, 16, device=DEVICE).to(dtype) for n in (5, 40, 40, 5))
+    lengths = cu_seqlens_of([5], DEVICE), 5
+    options = {"cu_seqlens_k": cu_seqlens_of([40], DEVICE), "max_seqlen_k": 40, "scale": 1e9}
+    largest = torch.einsum("qhd,khd->qhk", q.double(), k.double()).argmax(-1)
+    heads = torch.arange(2, device=DEVICE)
+    o = attention(q, k, v, *lengths, **options)
+    assert torch.equal(o, v[largest, heads])
+    grads = attention_backward(do, q, k, v, *lengths, **options)
+    assert not grads.dq.any() and not grads.dk.any()
+    expected = torch.zeros_like(v).double()
+    expected.index_put_((largest, heads), do.double(), accumulate=True)
+    torch.testing.assert_close(grads.dv, expected.to(dtype))
+
+
 @pytest.mark.skipif(not (GPU or INTERPRET), reason="torch's own attention chooses by shape")
 @pytest.mark.usefixtures("sums_without_place")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
