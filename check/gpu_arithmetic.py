@@ -60,8 +60,8 @@ def elements(bits, kind):
 
 def tensor_core(acc, a, b, arch):
     """acc + a b^T of fp32 [n, M, N], fp64 [n, M, K] and [n, N, K]. Products are exact. They and acc
-    are truncated to 24 bits (sm_90: 25) below the largest exponent among them, added, and the sum is
-    truncated to fp32. sm_80 takes K in two halves."""
+    are truncated to 24 bits (sm_90: 25) below the largest exponent among them and added, and the
+    sum is truncated to fp32. sm_80 takes K in two halves."""
     bits, parts = (24, 2) if arch < 90 else (25, 1)
     step = 1 + 2**21 // (acc[0].size * a.shape[-1])  # as much as stays in the cache
     for k in np.split(np.arange(a.shape[-1]), parts):
