@@ -43,7 +43,7 @@ TYPES = {
     for kind, code in (("s", "i"), ("u", "u"), ("b", "u"))
     for bits in (8, 16, 32, 64)
 } | {"f32": F32, "pred": PREDICATE}
-SPINS = 1000  # of a loop without any progress
+SPINS = 1000  # how often a barrier is asked in vain
 AT_ONCE = 2**15  # threads
 PARAMETER = 4096  # bytes between the addresses of parameters, for kernels that take these
 
@@ -75,6 +75,7 @@ class Machine:
         self.copies = []  # by cp.async, under way: (threads, their groups, offsets, bytes)
         self.groups = np.zeros(self.count, np.int64)  # how many each thread has committed
         self.barriers = {}  # by offset in self.shared
+        self.spins = 0
         self.at = np.zeros(self.count, np.int64)  # the block that each thread executes next
         self.mask = None  # bool [threads] of those that execute an instruction; None for all
         self.blocks = [[(self._handler(i), i) for i in block] for block in program.blocks]
@@ -95,7 +96,6 @@ class Machine:
         return WARP if any(i.name in COLLECTIVE for i in block) else 1
 
     def run(self):
-        spins = 0
         while (self.at < len(self.blocks)).any():
             block, active = self.next_block()
             self.mask = active = None if active.all() else active
@@ -112,9 +112,6 @@ class Machine:
                     handler(i)
                 except Fault as fault:
                     raise Fault(f"{i.line}: {fault}, {i.opcode}") from None
-            spins = spins + 1 if self.at.min() == block else 0
-            if spins == SPINS:
-                raise Fault(f"{self.program.name}: a loop waits for ever")
 
     def next_block(self):
         """(a block, which threads can execute it)"""
@@ -485,7 +482,11 @@ class Machine:
             for place in np.unique(places):
                 self.barriers[place].settle(self.shared)
             phases = np.array([self.barriers[place].phase for place in places])
-            self.write_some(i.operands[0], phases % 2 != self.each(i.operands[2], U32))
+            done = phases % 2 != self.each(i.operands[2], U32)
+            self.spins = 0 if done.any() else self.spins + 1
+            if self.spins == SPINS:
+                raise Fault("waits for ever")
+            self.write_some(i.operands[0], done)
         else:
             raise NotImplementedError(f"emulator: no instruction {i.opcode}")
 

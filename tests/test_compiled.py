@@ -114,7 +114,7 @@ def test_a_copy_that_is_not_waited_for(arch, monkeypatch):
 
 def test_a_tensor_map_whose_bytes_are_not_announced(monkeypatch):
     broken(monkeypatch, r"@%p\d+ mbarrier\.arrive[^;]*;", "")
-    with varied({"PERSISTENT": 1}), pytest.raises(Fault, match="_persistent_kernel: a loop waits"):
+    with varied({"PERSISTENT": 1}), pytest.raises(Fault, match=r"waits for ever, mbarrier\.try_wait"):
         faults_of_linear("sm_90")
 
 
@@ -132,7 +132,7 @@ HEAD = """
 {{
     .reg .pred %p<9>; .reg .b16 %rs<9>; .reg .b32 %r<99>; .reg .b64 %rd<9>;
     ld.param.b64 %rd0, [kernel_param_0]; ld.param.b64 %rd1, [kernel_param_1];
-    mov.u32 %r99, %tid.x;
+    mov.u32 %r99, %tid.x; setp.eq.u32 %p0, %r99, 0;
     mad.wide.u32 %rd0, %r99, 16, %rd0; mad.wide.u32 %rd1, %r99, 4, %rd1;
 """
 LOAD = "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0];"
@@ -269,7 +269,11 @@ def test_tensor_cores_drop_what_lies_far_below_the_largest_term(arch, expected):
         ("mov.b32 %r5, 2; st.shared.b32 [%r5], %r1;", "not aligned"),
         ("add.s32 %r0, %r50, 1;", "register %r50 is read before it is written"),
         ("setp.lt.u32 %p1, %r99, 16; @%p1 redux.sync.add.s32 %r0, %r1, -1;", "threads of a warp"),
-        ("$L_1: setp.lt.u32 %p1, %r99, 99; @%p1 bra $L_1;", "kernel: a loop waits for ever"),
+        (
+            "mov.b32 %r5, 0; @%p0 mbarrier.init.shared::cta.b64 [%r5], 1;"
+            "$L_1: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r5], 0; @!%p1 bra $L_1;",
+            "waits for ever",
+        ),
         ("setp.lt.u32 %p1, %r99, 9; @%p1 bra $L_1; bar.sync 0; $L_1: bar.sync 0;", "each other"),
     ],
 )
