@@ -149,6 +149,11 @@ class Machine:
         """As read, but an array even of a constant, of the threads that execute this."""
         return np.broadcast_to(self.read(x, dtype), self.count)[self.threads]
 
+    def of_16_bits(self, x, register, kind):
+        """f16 or bf16 numbers in registers of 16 or 32 bits, which hold two each."""
+        bits = np.broadcast_to(self.read(x, register), self.count)
+        return from_16(np.ascontiguousarray(bits).view(U16), kind)
+
     @property
     def threads(self):
         return slice(None) if self.mask is None else np.flatnonzero(self.mask)
@@ -188,8 +193,8 @@ class Machine:
         kind = i.parts[-1].removesuffix("x2")
         if kind in ("f16", "bf16"):
             register = U16 if kind == i.parts[-1] else U32  # that of x2 holds two numbers
-            bits = [np.atleast_1d(self.read(x, register)).view(U16) for x in i.operands[1:]]
-            result = of_floats(*(from_16(x, kind).astype(F32) for x in bits))
+            given = (self.of_16_bits(x, register, kind).astype(F32) for x in i.operands[1:])
+            result = of_floats(*given)
             self.write(i.operands[0], to_16(result, kind).view(register))
             return
         dtype = TYPES[kind]
@@ -253,13 +258,12 @@ class Machine:
         name, kind = i.parts[0], i.parts[-1].removesuffix("x2")
         to, *given = i.operands
         if kind != i.parts[-1]:  # two numbers, a predicate for each
-            a, b = (np.atleast_1d(self.read(x, U32)).view(U16) for x in given)
-            found = self.compared(name, from_16(a, kind), from_16(b, kind)).reshape(-1, 2)
+            found = self.compared(name, *(self.of_16_bits(x, U32, kind) for x in given))
+            found = found.reshape(-1, 2)
             for half, register in enumerate(to):
                 self.write(register, found[:, half])
         elif kind in ("f16", "bf16"):
-            a, b = (from_16(np.atleast_1d(self.read(x, U16)), kind) for x in given)
-            self.write(to, self.compared(name, a, b))
+            self.write(to, self.compared(name, *(self.of_16_bits(x, U16, kind) for x in given)))
         else:
             self.write(to, self.compared(name, *(self.read(x, TYPES[kind]) for x in given)))
 
