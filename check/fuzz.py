@@ -1,5 +1,6 @@
-"""Seeded random cases of every op, in the interpreter, against the definition in fp64. With --arch
-the kernels are compiled and run in the emulator instead.
+"""Seeded random cases of every op, in the interpreter, against the definition in fp64.
+
+With --arch the kernels are compiled for that, and run in the emulator instead.
 
 A case is what the Spec draws (shapes, options) plus a dtype, a memory layout, a magnitude, and a
 place for NaN and infinity. It is one JSON object, so one line reproduces a failure. Failing cases
