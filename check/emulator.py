@@ -43,9 +43,18 @@ TYPES = {
     for kind, code in (("s", "i"), ("u", "u"), ("b", "u"))
     for bits in (8, 16, 32, 64)
 } | {"f32": F32, "pred": PREDICATE}
+MODIFIERS = {"ftz", "rn", "approx", "full"}  # of floats, that ARITHMETIC or its caller heeds
 SPINS = 1000  # how often a barrier is asked in vain
 AT_ONCE = 2**15  # threads
 PARAMETER = 4096  # bytes between the addresses of parameters, for kernels that take these
+
+
+def unknown(instruction):
+    """The error for an instruction, or a form of one, that no kernel has needed so far."""
+    return NotImplementedError(
+        f"emulator: no instruction {instruction.opcode} (line {instruction.line}); add it to"
+        f" ARITHMETIC, or to do_{instruction.name} of check/emulator.py"
+    )
 
 
 class Machine:
@@ -87,7 +96,7 @@ class Machine:
             return handler
         if name in ARITHMETIC:
             return self.arithmetic
-        raise NotImplementedError(f"emulator: no instruction {instruction.opcode}")
+        raise unknown(instruction)
 
     def _unit(self, block):
         """How many threads can only execute a block together."""
@@ -190,6 +199,10 @@ class Machine:
     # -- arithmetic ----------------------------------------------------------------------------
     def arithmetic(self, i):
         of_integers, of_floats = ARITHMETIC[i.name]
+        is_float = "f" in i.parts[-1]
+        further = set(i.parts[:-1]) - (MODIFIERS if is_float else set())
+        if further or (is_float and i.name == "div" and "full" not in i.parts):
+            raise unknown(i)
         kind = i.parts[-1].removesuffix("x2")
         if kind in ("f16", "bf16"):
             register = U16 if kind == i.parts[-1] else U32  # that of x2 holds two numbers
@@ -223,7 +236,7 @@ class Machine:
         if "lo" in i.parts:
             return a * b
         if dtype.itemsize == 8:
-            raise NotImplementedError(f"emulator: no instruction {i.opcode}")
+            raise unknown(i)
         product = a.astype(f"{dtype.kind}8") * b.astype(f"{dtype.kind}8")
         if "wide" in i.parts:
             return product.astype(f"{dtype.kind}{2 * dtype.itemsize}")
@@ -292,7 +305,7 @@ class Machine:
         else:
             x = self.read(*given, TYPES[source])
             if x.dtype.kind == "f":
-                raise NotImplementedError(f"emulator: no instruction {i.opcode}")
+                raise unknown(i)
             self.write(to, x.astype(TYPES[kind]))
 
     def do_mov(self, i):
@@ -492,7 +505,7 @@ class Machine:
                 raise Fault("waits for ever")
             self.write_some(i.operands[0], done)
         else:
-            raise NotImplementedError(f"emulator: no instruction {i.opcode}")
+            raise unknown(i)
 
     def do_fence(self, i):
         """Threads keep step, so it changes nothing."""

@@ -1,5 +1,6 @@
 """PTX, the assembly to which Triton compiles a kernel for NVIDIA, as data for emulator.py."""
 
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -30,11 +31,11 @@ class Instruction:
     negated: bool  # it is executed where the predicate is false
     line: str  # of the kernel: attention.py:119
 
-    @property
+    @functools.cached_property
     def name(self):
         return self.opcode.partition(".")[0]
 
-    @property
+    @functools.cached_property
     def parts(self):
         return self.opcode.split(".")[1:]
 
@@ -57,6 +58,7 @@ class Program:
         return self.bits.get(register) or self.bits[register.rstrip("0123456789")]
 
 
+@functools.lru_cache(64)  # a kernel is launched several times
 def parse(text):
     """The Program of the one kernel in text."""
     head, _, body = text[text.index(".entry") :].partition("{")
