@@ -25,6 +25,7 @@ into one. The prediction is for the form without the variant. So is it for the f
 num_tokens; with it, as models call the op, the first case alone is compiled.
 """
 
+import contextlib
 import importlib
 import inspect
 import itertools
@@ -106,6 +107,18 @@ class OnKernels(TorchDispatchMode):
             return (KERNELS.get(op._opname) or COMPOSED[op._opname])(*args)
 
 
+@contextlib.contextmanager
+def launching(driver):
+    """Ops called inside launch their Triton form through driver, whatever the device."""
+    with (
+        patch.object(triton.runtime.driver, "_active", driver),
+        patch("bert_fast.kernels.launch.WARP_SIZE", driver.target.warp_size),
+        patch("bert_fast.kernels.launch._gpus", lambda: False),  # no table of this machine's GPU
+        OnKernels(),
+    ):
+        yield
+
+
 def compile_all(spec, case, dtype, archs, num_tokens=False):
     """{arch: the launches of one call of the op, with num_tokens or without}, each kernel compiled
     for it."""
@@ -125,14 +138,8 @@ def _launches(fn, inputs, target):
 
     for name in ("ptxas", "cuobjdump", "nvdisasm") if target.backend == "cuda" else ():
         tool(name)
-    with (
-        patch.object(triton.JITFunction, "run", compile_only),
-        patch.object(triton.runtime.driver, "_active", Driver(target)),
-        patch("bert_fast.kernels.launch.WARP_SIZE", target.warp_size),
-        patch("bert_fast.kernels.launch._gpus", lambda: False),  # no table of this machine's GPU
-        torch.no_grad(),
-        OnKernels(),
-    ):
+    stand_in = patch.object(triton.JITFunction, "run", compile_only)
+    with stand_in, launching(Driver(target)), torch.no_grad():
         fn(**inputs)
     assert launches
     return launches

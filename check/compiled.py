@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from aot import Driver, OnKernels
+from aot import Driver, launching
 from emulator import execute
 from examine import faults_of_values
 from gpu_memory import Fault, Memory, TensorMap
@@ -80,9 +80,6 @@ class Watched:
 @contextlib.contextmanager
 def emulated(arch, hidden=()):
     """Ops called inside run their kernels, compiled for arch, in the emulator."""
-    target = TARGETS[arch].triton
-    driver = EmulatingDriver(target, hidden)
-
     def handles(kernel):
         """In place of loading the kernel on a GPU."""
         kernel.module = kernel.function = kernel
@@ -91,13 +88,8 @@ def emulated(arch, hidden=()):
     def run(x, y, z, stream, kernel, packed, metadata, enter, leave, *args):
         triton.runtime.driver.active.launch(kernel, x * y * z, args)
 
-    with (
-        patch.object(triton.compiler.CompiledKernel, "_init_handles", handles),
-        patch.object(triton.runtime.driver, "_active", driver),
-        patch("bert_fast.kernels.launch.WARP_SIZE", target.warp_size),
-        patch("bert_fast.kernels.launch._gpus", lambda: False),  # no table of this machine's GPU
-        OnKernels(),
-    ):
+    stand_in = patch.object(triton.compiler.CompiledKernel, "_init_handles", handles)
+    with stand_in, launching(EmulatingDriver(TARGETS[arch].triton, hidden)):
         yield
 
 
