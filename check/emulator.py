@@ -20,6 +20,7 @@ import numpy as np
 from gpu_arithmetic import (
     ARITHMETIC,
     COMPARISONS,
+    DIVISIONS,
     F32,
     PREDICATE,
     REDUCTIONS,
@@ -201,7 +202,9 @@ class Machine:
         of_integers, of_floats = ARITHMETIC[i.name]
         is_float = "f" in i.parts[-1]
         further = set(i.parts[:-1]) - (MODIFIERS if is_float else set())
-        if further or (is_float and i.name == "div" and "full" not in i.parts):
+        if is_float and i.name == "div":
+            of_floats = next(filter(None, map(DIVISIONS.get, i.parts)), None)
+        if further or (is_float and of_floats is None):
             raise unknown(i)
         kind = i.parts[-1].removesuffix("x2")
         if kind in ("f16", "bf16"):

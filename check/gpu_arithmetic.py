@@ -100,7 +100,7 @@ def rsqrt(x):
     return approximate(1 / np.sqrt(x.astype(np.float64)), x, -22.9)
 
 
-def quotient(a, b):
+def full_quotient(a, b):
     """div.full: two roundings."""
     return (a * approximate(1 / b.astype(np.float64), b, -23).astype(np.float64)).astype(F32)
 
@@ -115,7 +115,7 @@ ARITHMETIC = {  # name: of integers, of floats
     "add": (np.add, np.add),
     "sub": (np.subtract, np.subtract),
     "mul": (np.multiply, np.multiply),
-    "div": (whole_quotient, quotient),
+    "div": (whole_quotient, None),
     "rem": (np.fmod, None),
     "min": (np.minimum, np.fmin),  # which ignore NaN
     "max": (np.maximum, np.fmax),
@@ -129,6 +129,7 @@ ARITHMETIC = {  # name: of integers, of floats
     "xor": (np.bitwise_xor, None),
     "not": (np.bitwise_not, None),
 }
+DIVISIONS = {"full": full_quotient, "rn": np.divide}  # of floats
 COMPARISONS = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal,

@@ -621,7 +621,7 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"tl\.dot\(.*, acc, input_precision=PRECISION\)  ->  .*": (
         "exact fp32 does not come here, and Triton's default for the rest is tf32"
     ),
-    r"linear\._persistent_kernel cast dropped: .*\.to\(tl\.int32\)  ->  .*": (
+    r"(linear|qkv)\._persistent_kernel cast dropped: .*\.to\(tl\.int32\)  ->  .*": (
         "the interpreter's descriptors take any integer; those of Triton 3.6 are of 32 bits"
     ),
     r"linear\.product flag: _accumulate\(.*, False, .*  ->  .*, True, .*": _ALL_TRUE,
@@ -633,12 +633,12 @@ PROOFS = {  # a regular expression of a whole Mutant.change -> why no input tell
     r"linear\.product condition: if REST:  ->  if True:": (
         "a step that is past K altogether adds products of zeros"
     ),
-    r"linear\._persistent_kernel name: tl\.cdiv\(N, BLOCK_N\)  ->  .*BLOCK_[MK]\)": (
+    r"linear\.take_tiles name: tl\.cdiv\(N, BLOCK_N\)  ->  .*BLOCK_[MK]\)": (
         "in the interpreter's tile these are less: tiles past N too, where nothing is stored"
     ),
-    r"linear\._persistent_kernel name: (tl\.cdiv\(rows, BLOCK_M\)  ->  .*BLOCK_K\)"
+    r"linear\.take_tiles name: (tl\.cdiv\(rows, BLOCK_M\)  ->  .*BLOCK_K\)"
     r"|range\(0, K, BLOCK_K\)  ->  .*BLOCK_M\))": "in the interpreter's tile they are equal",
-    r"linear\._persistent_kernel flag: tl\.range\(.*flatten=True\)  ->  .*": (
+    r"linear\.take_tiles flag: tl\.range\(.*flatten=True\)  ->  .*": (
         "how loops are scheduled changes no number"
     ),
     r"linear\._finish_half \w[\w ]*: y \* residual  ->  .*": (

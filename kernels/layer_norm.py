@@ -45,7 +45,7 @@ def normalize(h, mask_n, N, eps):
     of what is left is taken off as well (Chan, Golub, LeVeque, 1983: the corrected algorithm).
     """
     centred = tl.where(mask_n, h - tl.sum(h, axis=0) / N, 0.0)
-    rest = tl.sum(centred, axis=0) / N
+    rest = tl.div_rn(tl.sum(centred, axis=0), N * 1.0)
     var = tl.sum(centred * centred, axis=0) / N - rest * rest
     rstd = tl.rsqrt(tl.maximum(var, 0.0) + eps)
     return (centred - rest) * rstd, rstd

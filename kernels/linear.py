@@ -207,28 +207,25 @@ def _forward_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
-def _persistent_kernel(
+@triton.jit
+def take_tiles(
+    first, programs,  # this one takes tiles first, first + programs, ...
     x,  # descriptor of [T, K] in tiles of [BLOCK_M, BLOCK_K]
     weight,  # descriptor of [N, K] in tiles of [BLOCK_N, BLOCK_K]; if BY_COLUMNS, both transposed
-    bias_ptr, residual_ptr, num_tokens_ptr, y_ptr,  # as above
-    stride_rt,
-    T, N, K,
+    bias_ptr, residual_ptr, y_ptr, stride_rt,
+    rows, N, K,
     ACT: tl.constexpr,
     TIMES: tl.constexpr,
     PRECISION: tl.constexpr,
     BY_COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """Program n takes tiles n, n + programs, ... of y, in the order above. The loads of the next
-    tile overlap the epilogue of this one. Past the ends of x and weight, descriptors load zeros;
-    rows loaded past num_tokens are not stored."""
+    """What a persistent program does. The loads of the next tile overlap the epilogue of this one.
+    Past the ends of x and weight, descriptors load zeros; what is loaded past rows is not stored.
+    """
     blocks_n = tl.cdiv(N, BLOCK_N)
-    rows = T
-    if num_tokens_ptr is not None:
-        rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # as descriptors require
     tiles = tl.cdiv(rows, BLOCK_M) * blocks_n
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+    for tile in tl.range(first, tiles, programs, flatten=True):
         start_m = tile // blocks_n * BLOCK_M
         start_n = tile % blocks_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -245,14 +242,36 @@ def _persistent_kernel(
         )
 
 
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _persistent_kernel(
+    x, weight,  # descriptors, see take_tiles
+    bias_ptr, residual_ptr, num_tokens_ptr, y_ptr,  # as above
+    stride_rt,
+    T, N, K,
+    ACT: tl.constexpr,
+    TIMES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BY_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """As many programs as the GPU holds take all tiles of y, in the order above."""
+    rows = T
+    if num_tokens_ptr is not None:
+        rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # as descriptors require
+    take_tiles(
+        tl.program_id(0), tl.num_programs(0), x, weight, bias_ptr, residual_ptr, y_ptr, stride_rt,
+        rows, N, K, ACT, TIMES, PRECISION, BY_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K,
+    )
+
+
 # -- launchers ------------------------------------------------------------------------------
-def _forms(arch, itemsize, precision, persistent=True):
+def _forms(arch, itemsize, precision):
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), small tiles first. None spills on sm_80, sm_90 or
     gfx942.
 
-    The last is for large batches; that of 256 columns is for persistent programs alone: without
-    persistence two programs of 128 columns share an SM and hide each other's epilogues. sm_80 has
-    less tensor core throughput to feed. Small tiles wait at each K step, so their steps are longer.
+    The last is for large batches; that of 256 columns is for persistent programs: others of 128
+    columns share an SM in twos and hide each other's epilogues. sm_80 has less tensor core
+    throughput to feed. Small tiles wait at each K step, so their steps are longer.
 
     At least 64 rows: fewer use another instruction on sm_90, whose sums may round differently. For
     the same reason tiles on AMD have at least 32 columns and a common BLOCK_K. TF32 uses the tiles
@@ -268,7 +287,7 @@ def _forms(arch, itemsize, precision, persistent=True):
         forms = ((64, 64, 64, 4, 2), (128, 128, 64, 8, 2))
     elif launch.multiplies_from_shared_memory(arch):
         forms = (*small, (128, 128, 64, 8, 3))
-        if persistent and itemsize == 2:
+        if itemsize == 2:
             forms = (*forms, (128, 256, 64, 8, 3))
     else:
         forms = (*small, (64, 128, 64, 4, 3))
@@ -284,7 +303,7 @@ def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
     """The form with the least work for the busiest SM. In the interpreter, where each program is
     costly, the largest; in exact fp32 one whose halves are not square, so that swapped sides show.
     """
-    forms = _forms(arch, itemsize, precision, persistent=parts == 1)
+    forms = _forms(arch, itemsize, precision)
     if launch.INTERPRET:
         return forms[1 if launch.is_exact(itemsize, precision) else -1]
     # The cost of a tile's row or column, in products. Fitted to what `check aot` predicts for base
@@ -305,23 +324,20 @@ def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
     return min(forms, key=work)
 
 
-def tile_of(T, N, itemsize, precision, arch, multiprocessors, parts=1):
-    """The configuration of the tiled kernel, for `parts` results of T rows and N columns each."""
+def config_of(op, T, N, K, itemsize, precision, arch, multiprocessors, parts=1):
+    """(whether programs persist, the tile) of op, which has `parts` results of T rows and N columns
+    each: the default, or the tuned table's entry. On an H200 persistent programs of linear take 9
+    to 16 % less time at 16,384 rows; in TF32 they have not been measured, nor has qkv."""
     names = "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"
-    return dict(zip(names, _tile(T, N, itemsize, precision, arch, multiprocessors, parts)))
-
-
-def _config(T, N, K, itemsize, precision, arch, multiprocessors, op="linear"):
-    """The tile and whether programs persist, or the tuned table's entry. On an H200 persistent
-    programs take 9 to 16 % less time at 16,384 rows; in TF32 they have not been measured."""
-    tile = tile_of(T, N, itemsize, precision, arch, multiprocessors)
+    tile = dict(zip(names, _tile(T, N, itemsize, precision, arch, multiprocessors, parts)))
     large = launch.multiplies_from_shared_memory(arch) and itemsize == 2 and tile["BLOCK_M"] == 128
-    config = {"PERSISTENT": int(large), **tile}
+    default = {"PERSISTENT": int(large), **tile}
     key = launch.product_key(N, K, itemsize, precision)
-    return launch.configuration(op, config, rows=T, **key)
+    tile = launch.configuration(op, default, rows=T, **key).copy()
+    return tile.pop("PERSISTENT"), tile
 
 
-def _describable(arch, exact, *rows):
+def describable(arch, exact, *rows):
     """Whether the GPU has tensor descriptors that can describe each (t [.., K], stride of rows).
     Exact fp32 products spill in this form."""
     has = launch.INTERPRET or (isinstance(arch, int) and arch >= 90)
@@ -331,13 +347,14 @@ def _describable(arch, exact, *rows):
     )
 
 
-def _places(arch, multiprocessors, itemsize, BLOCK_M, BLOCK_N, BLOCK_K, num_stages, **_):
-    """How many persistent programs a GPU holds; in the interpreter few, so that each has several
-    tiles."""
+def places(parts, arch, multiprocessors, itemsize, BLOCK_M, BLOCK_N, BLOCK_K, num_stages, **_):
+    """How many persistent programs a GPU holds for each of `parts` results; in the interpreter few,
+    so that each has several tiles."""
     if launch.INTERPRET:
         return 2
     shared = num_stages * (BLOCK_M + BLOCK_N) * BLOCK_K * itemsize
-    return multiprocessors * min(max((SHARED.get(arch, 99) << 10) // shared, 1), 2)
+    beside = min(max((SHARED.get(arch, 99) << 10) // shared, 1), 2)
+    return max(multiprocessors * beside // parts, 1)
 
 
 COLUMNS_FROM = 512  # rows of x from which transposing the weight pays
@@ -385,20 +402,18 @@ def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False, o
     (T, K), N = x.shape, weight.shape[0]
     precision = launch.precision(x)
     gpu = launch.arch(), launch.multiprocessors()
-    config = _config(T, N, K, x.itemsize, precision, *gpu, op)
-    persistent = config["PERSISTENT"]
-    config = {name: value for name, value in config.items() if name != "PERSISTENT"}
+    persistent, config = config_of(op, T, N, K, x.itemsize, precision, *gpu)
     shared = {"ACT": act, "TIMES": times, "PRECISION": precision, **config}
     bias = None if bias is None else bias.contiguous()
     tiles = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
     exact = launch.is_exact(x.itemsize, precision)
     transposed = _lies_by_columns(weight)
     stored, stride_w = launch.rows(weight.mT if transposed else weight)
-    if tiles and persistent and _describable(gpu[0], exact, (x, stride_xt), (stored, stride_w)):
+    if tiles and persistent and describable(gpu[0], exact, (x, stride_xt), (stored, stride_w)):
         M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
         weight_tile = (K_, N_) if transposed else (N_, K_)
         launch.start(
-            _persistent_kernel, min(tiles, _places(*gpu, x.itemsize, **config)),
+            _persistent_kernel, min(tiles, places(1, *gpu, x.itemsize, **config)),
             TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
             TensorDescriptor(stored, stored.shape, (stride_w, 1), weight_tile),
             bias, residual, num_tokens, y, stride_rt, T, N, K, BY_COLUMNS=transposed, **shared,

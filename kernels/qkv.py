@@ -17,15 +17,19 @@ import torch
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, ceil_div, once_differentiable, show, tl, triton
+from .launch import DTYPES, TensorDescriptor, ceil_div, once_differentiable, show, tl, triton
+from .linear import SPEC as LINEAR
 from .linear import (
     by_columns,
+    config_of,
+    describable,
     linear_backward,
     linear_ref,
     onednn_takes,
+    places,
     plain_rows,
     product,
-    tile_of,
+    take_tiles,
 )
 from .spec import Spec
 
@@ -86,28 +90,62 @@ def _forward_kernel(
     tl.store(y_ptr + rows_y[:, None] * N + offs_n[None, :], y, mask=mask)
 
 
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["num_tokens_ptr"])
+def _persistent_kernel(
+    x,  # descriptor of [T, K] in tiles of [BLOCK_M, BLOCK_K]
+    query_weight, key_weight, value_weight,  # descriptors of [N, K] in tiles of [BLOCK_N, BLOCK_K]
+    query_bias_ptr, key_bias_ptr, value_bias_ptr, num_tokens_ptr, y_ptr,  # as above
+    T, N, K,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """A third of the programs takes all tiles of y_i. Each has a loop of its own, as it would have
+    to select a descriptor at each step otherwise."""
+    rows = T
+    if num_tokens_ptr is not None:
+        rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # as descriptors require
+    i = tl.program_id(0) % 3
+    first, programs = tl.program_id(0) // 3, tl.num_programs(0) // 3
+    y_ptr += i.to(tl.int64) * T * N  # may pass 2^31
+    weight, bias_ptr = query_weight, query_bias_ptr
+    if i == 1:
+        weight, bias_ptr = key_weight, key_bias_ptr
+    if i == 2:
+        weight, bias_ptr = value_weight, value_bias_ptr
+    take_tiles(
+        first, programs, x, weight, bias_ptr, None, y_ptr, 0,
+        rows, N, K, None, False, PRECISION, False, BLOCK_M, BLOCK_N, BLOCK_K,
+    )
+
+
 # -- launchers ------------------------------------------------------------------------------
-def _config(T, N, K, itemsize, precision):
-    config = tile_of(T, N, itemsize, precision, launch.arch(), launch.multiprocessors(), parts=3)
-    key = launch.product_key(N, K, itemsize, precision)
-    return launch.configuration("qkv", config, rows=T, **key)
-
-
 def _forward(y, x, qw, qb, kw, kb, vw, vb, num_tokens):
     x, stride_xt = launch.rows(x)
     (T, K), N = x.shape, qw.shape[0]
     precision = launch.precision(x)
-    config = _config(T, N, K, x.itemsize, precision)
-    tiles = ceil_div(T, config["BLOCK_M"]) * 3 * ceil_div(N, config["BLOCK_N"])
-    if tiles:
-        qw, kw, vw, qb, kb, vb = (t.contiguous() for t in (qw, kw, vw, qb, kb, vb))
-        weights, stride_w, is_by_columns = by_columns(T, precision, config["BLOCK_N"], qw, kw, vw)
+    gpu = launch.arch(), launch.multiprocessors()
+    persistent, config = config_of("qkv", T, N, K, x.itemsize, precision, *gpu, parts=3)
+    M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
+    tiles = ceil_div(T, M_) * ceil_div(N, N_)  # of each y_i
+    if not tiles:
+        return
+    weights = [w.contiguous() for w in (qw, kw, vw)]
+    biases = [b.contiguous() for b in (qb, kb, vb)]
+    exact = launch.is_exact(x.itemsize, precision)
+    if persistent and describable(gpu[0], exact, (x, stride_xt), *((w, K) for w in weights)):
         launch.start(
-            _forward_kernel, tiles,
-            x, *weights, qb, kb, vb, num_tokens, y, stride_xt, stride_w, T, N, K,
-            PRECISION=precision, BY_COLUMNS=is_by_columns, REST=K % config["BLOCK_K"] != 0,
-            **config,
+            _persistent_kernel, 3 * min(tiles, places(3, *gpu, x.itemsize, **config)),
+            TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),
+            *(TensorDescriptor(w, (N, K), (K, 1), (N_, K_)) for w in weights),
+            *biases, num_tokens, y, T, N, K, PRECISION=precision, **config,
         )  # fmt: skip
+        return
+    weights, stride_w, is_by_columns = by_columns(T, precision, N_, *weights)
+    launch.start(
+        _forward_kernel, 3 * tiles,
+        x, *weights, *biases, num_tokens, y, stride_xt, stride_w, T, N, K,
+        PRECISION=precision, BY_COLUMNS=is_by_columns, REST=K % K_ != 0, **config,
+    )  # fmt: skip
 
 
 def _plain(x, qw, qb, kw, kb, vw, vb, num_tokens):
@@ -275,5 +313,6 @@ SPEC = Spec(
         "num_tokens must be int32[1] or int64[1], got float32[1]": {"num_tokens": torch.ones(1)},
     },
     packed=("x",),
+    variants=LINEAR.variants,
     rounds_backward=True,
 )

@@ -119,9 +119,10 @@ def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
 
     monkeypatch.setattr(file.launch, "_gpus", lambda: False)  # whose table may say otherwise
 
-    def form(T, N, arch=90, itemsize=2, precision="ieee", multiprocessors=132):
-        config = file._config(T, N, 768, itemsize, precision, arch, multiprocessors)
-        return config["BLOCK_M"], config["BLOCK_N"]
+    def form(T, N, arch=90, itemsize=2, precision="ieee", multiprocessors=132, parts=1):
+        gpu = arch, multiprocessors
+        _, tile = file.config_of("linear", T, N, 768, itemsize, precision, *gpu, parts)
+        return tile["BLOCK_M"], tile["BLOCK_N"]
 
     assert form(16384, 768) == (128, 256)
     assert form(8192, 768) == (128, 128)  # 192 of 128 x 256 would leave a third idle
@@ -139,8 +140,8 @@ def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
     assert form(128, 768, multiprocessors=58) == (64, 32)
     assert form(16384, 1024, arch="gfx942") == (128, 128)
     assert form(8192, 768, arch="gfx942", multiprocessors=304) == (64, 64)
-    of_qkv = file.tile_of(16384, 768, 2, "ieee", 90, 132, parts=3)  # whose programs do not persist
-    assert (of_qkv["BLOCK_M"], of_qkv["BLOCK_N"]) == (128, 128)
+    assert form(4096, 768, parts=3) == (128, 128)  # a third of the SMs for 96 or 192 tiles
+    assert form(16384, 768, parts=3) == (128, 256)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +156,8 @@ def test_programs_persist_where_there_are_many_tiles_and_descriptors(
     monkeypatch.setattr(file, "_tile", file._tile.__wrapped__)
     monkeypatch.setattr(file.launch, "_gpus", lambda: False)
     for precision in ("ieee", "tf32")[: itemsize // 2]:
-        config = file._config(T, 3072, 768, itemsize, precision, arch, 132)
-        assert config["PERSISTENT"] == persists
+        found, _ = file.config_of("linear", T, 3072, 768, itemsize, precision, arch, 132)
+        assert found == persists
 
 
 # -- oneDNN --------------------------------------------------------------------------------
@@ -244,5 +245,5 @@ def test_more_rows_than_the_kernels_count_are_refused():
 
 def test_rows_that_overlap_get_no_tensor_descriptor():
     x = torch.zeros(1, 64).expand(128, 64)
-    assert not file._describable(90, False, (x, x.stride(0)))
-    assert file._describable(90, False, (x.contiguous(), 64))
+    assert not file.describable(90, False, (x, x.stride(0)))
+    assert file.describable(90, False, (x.contiguous(), 64))
