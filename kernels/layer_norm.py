@@ -42,11 +42,13 @@ def normalize(h, mask_n, N, eps):
 
     In two passes: where |mean| >> std, mean(h^2) - mean(h)^2 is nothing but rounding error. The
     first mean has one too, which would be all that is left of a row of equal numbers; so the mean
-    of what is left is taken off as well (Chan, Golub, LeVeque, 1983: the corrected algorithm).
+    of what is left is taken off as well (Chan, Golub, LeVeque, 1983: the corrected algorithm). Of
+    equal numbers that leaves nothing, and no variance, if / rounds correctly, as a GPU's need not.
     """
+    N = tl.cast(N, tl.float32)
     centred = tl.where(mask_n, h - tl.sum(h, axis=0) / N, 0.0)
-    rest = tl.div_rn(tl.sum(centred, axis=0), N * 1.0)
-    var = tl.sum(centred * centred, axis=0) / N - rest * rest
+    rest = tl.div_rn(tl.sum(centred, axis=0), N)
+    var = tl.div_rn(tl.sum(centred * centred, axis=0), N) - rest * rest
     rstd = tl.rsqrt(tl.maximum(var, 0.0) + eps)
     return (centred - rest) * rstd, rstd
 

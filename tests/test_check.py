@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,23 @@ OPS = ", ".join(s.name for s in SPECS)
 
 
 def check(*args, root=ROOT, **env):
+    """A process of its own."""
     command = [sys.executable, root / "check", *map(str, args)]
     env = {**os.environ, "PYTHONSAFEPATH": "1", "COLUMNS": "120", **env}
     return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def said_here(monkeypatch, capsys):
+    """check(*args), in this process: (exit code, what it printed, what went to stderr)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["check", *args])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / "check"), run_name="__main__")
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -35,19 +50,21 @@ def check(*args, root=ROOT, **env):
         (["aot", "--arch", "sm_70"], "argument --arch: invalid choice: 'sm_70' (choose from"),
     ],
 )
-def test_a_wrong_word_is_answered_with_the_right_ones(args, said):
-    done = check(*args)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"check: {said}")
-    assert done.stderr.count("\n") == 1
+def test_a_wrong_word_is_answered_with_the_right_ones(args, said, said_here):
+    code, _, stderr = said_here(*args)
+    assert code == 2
+    assert stderr.startswith(f"check: {said}")
+    assert stderr.count("\n") == 1
     if "--arch" in args:
         for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
-            assert arch in done.stderr
+            assert arch in stderr
 
 
-def test_help_has_a_whole_sentence_for_each_command():
-    done = check("--help")
-    listed = done.stdout.partition("positional")[2]
+def test_help_has_a_whole_sentence_for_each_command(said_here, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, stdout, _ = said_here("--help")
+    assert code == 0
+    listed = stdout.partition("positional")[2]
     said = re.findall(r"^    (\w+) {2,}(\S.*)$", listed, re.MULTILINE)
     assert [command for command, _ in said] == [
         "op", "fuzz", "mutants", "aot", "compiled", "forward", "overhead",
@@ -56,14 +73,13 @@ def test_help_has_a_whole_sentence_for_each_command():
         assert sentence.endswith("."), (command, sentence)
 
 
-def test_each_command_says_how_it_wants_the_interpreter():
+def test_each_command_says_how_it_wants_the_interpreter(said_here):
     done = check("op", "gelu", TRITON_INTERPRET="0")
     assert done.returncode == 1
     assert "set TRITON_INTERPRET=1" in done.stderr
     for command in ("aot", "compiled", "overhead"):
-        done = check(command)
-        assert done.returncode == 1
-        assert "unset TRITON_INTERPRET" in done.stderr
+        said, *_ = said_here(command)  # sys.exit prints it and makes the code 1
+        assert "unset TRITON_INTERPRET" in said
 
 
 @pytest.mark.parametrize("layers", [1, 3])

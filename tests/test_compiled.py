@@ -18,7 +18,7 @@ pytest.importorskip("triton")  # macOS, Windows
 from models import assert_errs_no_more_than_stock, assert_same_training
 
 from bert_fast import encoder
-from bert_fast.kernels import SPECS, attention, linear
+from bert_fast.kernels import SPECS, attention, layer_norm, layer_norm_backward, linear, qkv
 from bert_fast.kernels.attention import cu_seqlens_of
 from bert_fast.kernels.launch import DTYPES, INTERPRET
 
@@ -73,6 +73,34 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
             y = linear(x[:T], weight, bias, activation="gelu", residual=residual[:T])
         found.append(y[0])
     assert all(torch.equal(row, found[0]) for row in found)
+
+
+@torch.no_grad()
+def test_query_key_and_value_have_the_bits_of_a_product_each():
+    """In the persistent form each has a tensor map, which its programs select."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 128).bfloat16()
+    parts = [torch.randn(*shape).bfloat16() for shape in 3 * ((136, 128), (136,))]
+    with emulated("sm_90"), varied({"PERSISTENT": 1}):
+        y = qkv(x, *parts)
+    with emulated("sm_90"), varied({"PERSISTENT": 0}):
+        assert torch.equal(y, qkv(x, *parts))
+        for i in range(3):
+            assert torch.equal(y[:, i], linear(x, *parts[2 * i : 2 * i + 2]))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_rows_of_equal_numbers(arch):
+    """Of their variance and its mean nothing is left where the divisions round correctly."""
+    x, weight, bias = torch.full((2, 768), 100.3), torch.ones(768), torch.randn(768)
+    dy = torch.randn(2, 768)
+    with emulated(arch):
+        y, gradients = layer_norm(x, weight, bias), layer_norm_backward(dy, x, weight)
+    assert torch.equal(y, bias.expand(2, 768))
+    g = dy.double()
+    dx = (g - g.mean(-1, keepdim=True)) * 1e6  # 1 / sqrt(eps)
+    torch.testing.assert_close(gradients.dx.double(), dx, rtol=1e-6, atol=1.0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -22,7 +22,7 @@ import fuzz
 from judge import is_packed
 from mutants import mutants_of
 
-CASES = 1000
+CASES = 500
 
 
 def test_random_cases():

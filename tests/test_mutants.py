@@ -21,7 +21,7 @@ from examine import of_rows_past_num_tokens
 from mutants import OPERATORS, Verdict, campaign, mutants_of, problems, sample, verdict
 
 EVERY = [m for s in SPECS for m in mutants_of(s)]
-SAMPLE = 30
+SAMPLE = 12
 
 
 def one(op, text):
