@@ -246,19 +246,7 @@ def layers_of(model):
 
 def reason_of_parts(model):
     """Why embeddings or layers are not where the kernels expect them; None if they are."""
-    architecture = model.architecture
-    paths = architecture.embeddings
-    for path, kind in (
-        (paths.word, nn.Embedding),
-        (paths.position, nn.Embedding),
-        (paths.token_type, nn.Embedding),
-        (paths.norm, nn.LayerNorm),
-        (paths.dropout, nn.Dropout),
-        (f"{architecture.encoder}.layer", nn.ModuleList),
-    ):
-        if path is None:
-            continue
-        place, _, name = path.partition(".")
+    for path, place, name, kind in PLACES[model.architecture.model_type]:
         outer = model._modules.get(place)
         if type(outer) not in MODULES:
             return f"{place}: {_name(outer)}"
@@ -266,6 +254,23 @@ def reason_of_parts(model):
         if type(inner) is not kind:
             return f"{path}: {_name(inner)}"
     return None
+
+
+def _places_of(architecture):
+    """(path, its two parts, class of the module there) of the embeddings' parts and the layers."""
+    paths = architecture.embeddings
+    kinds = {
+        paths.word: nn.Embedding,
+        paths.position: nn.Embedding,
+        paths.token_type: nn.Embedding,
+        paths.norm: nn.LayerNorm,
+        paths.dropout: nn.Dropout,
+        f"{architecture.encoder}.layer": nn.ModuleList,
+    }
+    return [(path, *path.split("."), kind) for path, kind in kinds.items() if path is not None]
+
+
+PLACES = {a.model_type: _places_of(a) for a in ARCHITECTURES}
 
 
 def asked(model, kwargs, name):

@@ -151,7 +151,7 @@ def layer_forward(architecture, layer, x, tokens, seeds, causal, memory=None, ca
             part.query, part.key, part.value, part.dense, feed_forward.up, feed_forward.down,
             part.norm, feed_forward.norm,
         )  # fmt: skip
-        parameters = [_parameter(module, name) for module in modules for name in ("weight", "bias")]
+        parameters = [parameter(module, name) for module in modules for name in ("weight", "bias")]
         if is_trained(x, parameters):
             settings = _settings(part, feed_forward, x, tokens, seeds, causal)
             return trained_layer(x, settings, parameters)
@@ -253,10 +253,10 @@ def _query_key_value(part, x, tokens):
     linears = part.query, part.key, part.value
     packed = _frozen(linears, x, tokens)
     if packed is not None:
-        bias = torch.cat([_parameter(m, "bias") for m in linears])
+        bias = torch.cat([parameter(m, "bias") for m in linears])
         y = prepacked_linear(x, packed, bias).unflatten(1, (3, -1))
     else:
-        parameters = [_parameter(m, name) for m in linears for name in ("weight", "bias")]
+        parameters = [parameter(m, name) for m in linears for name in ("weight", "bias")]
         y = ops.qkv(*_autocasted(x, *parameters), num_tokens=tokens.num_tokens)
     return _heads(part, y).unbind(1)
 
@@ -271,7 +271,7 @@ def _heads(part, y):
 def _product(linear, x, tokens, activation=None, residual=None):
     """The product of x [T, K] with a Linear, with linear's epilogue. Under autocast it runs in
     autocast's dtype, like stock's products."""
-    weight, bias = _parameter(linear, "weight"), _parameter(linear, "bias")
+    weight, bias = parameter(linear, "weight"), parameter(linear, "bias")
     packed = _frozen((linear,), x, tokens)
     if packed is not None:
         return prepacked_linear(x, packed, bias, activation, residual)
@@ -284,7 +284,7 @@ def _frozen(linears, x, tokens):
     return prepacked(linears, x) if tokens.num_tokens is None else None
 
 
-def _parameter(linear, name):
+def parameter(linear, name):
     """Read through _parameters, as `at` does; DataParallel replicas have none there."""
     p = linear._parameters.get(name)
     return getattr(linear, name) if p is None else p

@@ -35,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .architectures import at
 from .coverage import asked, decodes, is_transformed, reason_of_parts
+from .encoder import parameter
 from .inputs import Inputs, first_position
 from .kernels.launch import allows_tf32
 from .seen import seen
@@ -111,7 +112,7 @@ def _tables(model):
     the process."""
     paths = model.architecture.embeddings
     places = filter(None, (paths.word, paths.position, paths.token_type))
-    weights = [at(model, path).weight for path in places]
+    weights = [parameter(at(model, path), "weight") for path in places]
     rows = [weight.shape[0] for weight in weights]
     place = None if isinstance(weights[0], FakeTensor) else weights[0].data_ptr()
     return (*rows, place), rows[1] - first_position(model)

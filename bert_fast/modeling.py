@@ -177,13 +177,14 @@ class _Encoder:
 
     def _output(self, last, kwargs, cache=None, states=None):
         """What forward returns, in stock's form."""
-        output = self.architecture.output(last_hidden_state=last)
+        given = {"last_hidden_state": last}
         if getattr(self, "pooler", None) is not None:
-            output["pooler_output"] = self.pooler(last)
+            given["pooler_output"] = self.pooler(last)
         if cache is not None:
-            output["past_key_values"] = cache
+            given["past_key_values"] = cache
+        output = self.architecture.output(**given)
         if states is not None:
-            output["hidden_states"] = states
+            output["hidden_states"] = states  # the last, as in stock
         return output if asked(self, kwargs, "return_dict") is not False else output.to_tuple()
 
     def _apply(self, fn, recurse=True):  # for .to() and the like, which may move weights
