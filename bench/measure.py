@@ -238,10 +238,8 @@ def _median(run, clock, seconds=0.3):
 def tf32(allowed):
     """Whether fp32 products may be TF32 inside, for torch and for the kernels, which ask it."""
     matmul = torch.backends.cuda.matmul
-    before, precision = matmul.allow_tf32, matmul.fp32_precision
-    matmul.allow_tf32 = allowed
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "none"
     try:
         yield
     finally:
-        matmul.allow_tf32 = before
-        matmul.fp32_precision = precision  # False says "ieee", whatever torch.backends says
+        matmul.fp32_precision = before

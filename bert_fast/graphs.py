@@ -37,7 +37,7 @@ from .architectures import at
 from .coverage import asked, decodes, is_transformed, reason_of_parts
 from .encoder import parameter
 from .inputs import Inputs, first_position
-from .kernels.launch import allows_tf32
+from .kernels.launch import fp32_precision
 from .seen import seen
 
 MAX_TOKENS = 2**15  # positions; with more, the GPU works longer than the CPU launches
@@ -58,7 +58,7 @@ class Bucket(NamedTuple):
     inputs: tuple  # (name, dtype, width or nothing) of each that is given; the mask always is
     tables: tuple  # rows of each embedding, as kernels trap on ids past the recorded table size,
     # and the first one's address: FSDP frees it between calls, when no replay may read it
-    allows_tf32: bool
+    fp32_precision: str
     training: tuple | None  # for training graphs: autocast's dtype or None, and whether
     # deterministic algorithms are on
 
@@ -100,7 +100,7 @@ def bucket_of(model, inputs, kwargs, training=None):
     rows, columns = _size(B), max(S, min(-(-S // 64) * 64, most))
     if not 0 < rows * columns <= MAX_TOKENS:
         return None
-    return Bucket(rows, columns, tuple(kinds), tables, allows_tf32(), training)
+    return Bucket(rows, columns, tuple(kinds), tables, fp32_precision(), training)
 
 
 COPIED = "input_ids", "inputs_embeds", "token_type_ids", "position_ids"

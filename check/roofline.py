@@ -454,4 +454,4 @@ def predict(resources, gpu, programs, flops, moved):
     }
 
 
-_PRODUCTS = {"tf32": 2, "tf32x3": 6}  # bf16 products that take as long
+_PRODUCTS = {"tf32": 2, "bf16x6": 6}  # bf16 products that take as long

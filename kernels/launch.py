@@ -444,7 +444,8 @@ def bucket(rows):
 
 def product_key(N, K, itemsize, precision):
     """The key of a product with a weight [N, K]."""
-    return {"N": N, "K": K, "itemsize": itemsize} | ({"tf32": 1} if precision == "tf32" else {})
+    key = {"N": N, "K": K, "itemsize": itemsize}
+    return key if itemsize == 2 else key | {precision: 1}
 
 
 def written(key, rows=None):
@@ -564,15 +565,15 @@ def _multiprocessors(device):
     return properties["multiprocessor_count"]
 
 
-def allows_tf32():
-    """Whether fp32 products may use TF32, as for torch's own. (`allow_tf32` says the same, but
-    raises if fp32_precision has been set.)"""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+def fp32_precision():
+    """What torch has been told of its own fp32 products: "tf32", "ieee", or "none", nothing.
+    (`allow_tf32` says less, and raises if fp32_precision has been set.)"""
+    return torch.backends.cuda.matmul.fp32_precision
 
 
 def precision(t):
     """input_precision of a tl.dot of t: exact, except in fp32 where torch may use TF32 too."""
-    if t.dtype != torch.float32 or not allows_tf32():
+    if t.dtype != torch.float32 or fp32_precision() != "tf32":
         return "ieee"
     gpu = arch()
     return "tf32" if isinstance(gpu, int) or gpu == "gfx942" else "ieee"  # of AMD's, only that one

@@ -4,9 +4,10 @@
     y = act(z) + residual        act(z) = z, or GELU in its erf form: z * Phi(z)
 
 Shapes     x [T, K], weight [N, K], bias [N]; residual, y [T, N].
-Precision  Sums in fp32, GELU and residual too; y is rounded once, to the dtype of x. fp32 products
-           are exact fp32 ("ieee"), summed in steps of K whose sums are added, unless
-           torch.backends.cuda.matmul.fp32_precision allows TF32. GELU of 16 bits is a polynomial
+Precision  Sums in fp32, GELU and residual too; y is rounded once, to the dtype of x. A product in
+           fp32 is six of bf16, see product_precision, or exact ("ieee") on other GPUs, or where
+           torch.backends.cuda.matmul.fp32_precision says so; both are summed in steps of K whose
+           sums are added. It is TF32 only where that allows it. GELU of 16 bits is a polynomial
            within half an ulp, see pointwise.py; with a residual it is erf.
 Batches    Batch-invariant: a row of y has the same bits whatever the other rows are, and however
            many. Each element is accumulated over K in one fixed order (in exact fp32, step by
@@ -23,7 +24,9 @@ Backward   with dz = dy * act'(z): dx = dz W, dW = dz^T x, db = sum of dz over r
            cannot read, this kernel on W transposed in place, and weight_gradient. With GELU, z is
            recomputed instead of stored (gelu_gradient): one more product, and z, as large as any
            activation of a layer, is not stored.
-Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act. The kernel is the plain
+Source     Hendrycks, Gimpel, Gaussian Error Linear Units, 2016, for act; Henry, Tang, Heinecke,
+           Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
+           Computations, 2019, for fp32 by bf16. The kernel is the plain
            tiled GEMM: a program for each tile of y, its K loop pipelined by the compiler. For many
            tiles, on GPUs with tensor descriptors, its persistent form: as many programs as the GPU
            holds, each of which takes tile after tile.
@@ -78,7 +81,7 @@ def _accumulate(
     else:
         x = tl.load(x_ptrs)
         weight = tl.load(weight_ptrs)
-    if x.dtype == tl.float32 and PRECISION == "ieee":
+    if x.dtype == tl.float32 and PRECISION != "tf32":
         # One chain over all of K would err several times as much as a sum of partial sums. The fma
         # keeps them apart: Triton fuses a dot and an addition into one chain.
         return tl.fma(tl.dot(x, weight, input_precision=PRECISION), 1.0, acc)
@@ -265,6 +268,20 @@ def _persistent_kernel(
 
 
 # -- launchers ------------------------------------------------------------------------------
+SPLIT = (80, 90, 100, 103)  # whose tensor cores are 16 times as fast in bf16 as others in fp32
+
+
+def product_precision(x):
+    """input_precision of a product of x. fp32 is "bf16x6" on GPUs of SPLIT: each number is a sum of
+    three of bf16, which have all of its 24 bits; of their nine products the three smallest, which
+    together are less than the last of them, are left out. As sums of a few steps of K are added up,
+    the result errs less than that of exact products in one chain. Two things are lost: numbers
+    within 0.4 % of the largest count as infinity, and of those below 1e-33 what is below 1e-40."""
+    precision = launch.precision(x)
+    splits = launch.arch() in SPLIT and not launch.INTERPRET and launch.fp32_precision() != "ieee"
+    return "bf16x6" if splits and launch.is_exact(x.itemsize, precision) else precision
+
+
 def _forms(arch, itemsize, precision):
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), small tiles first. None spills on sm_80, sm_90 or
     gfx942.
@@ -274,9 +291,13 @@ def _forms(arch, itemsize, precision):
     throughput to feed. Small tiles wait at each K step, so their steps are longer.
 
     At least 64 rows: fewer use another instruction on sm_90, whose sums may round differently. For
-    the same reason tiles on AMD have at least 32 columns and a common BLOCK_K. TF32 uses the tiles
-    of 16 bits with half the BLOCK_K.
+    the same reason tiles on AMD have at least 32 columns and a common BLOCK_K, as have those of
+    fp32. TF32 uses the tiles of 16 bits with half the BLOCK_K.
     """
+    if precision == "bf16x6":
+        if launch.multiplies_from_shared_memory(arch):
+            return ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3))
+        return ((64, 32, 16, 4, 4), (64, 64, 16, 4, 4), (64, 128, 16, 4, 4))  # 32 would spill
     if launch.is_exact(itemsize, precision):  # operands are in registers
         small = ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
         if isinstance(arch, str):
@@ -303,13 +324,13 @@ def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
     """The form with the least work for the busiest SM. In the interpreter, where each program is
     costly, the largest; in exact fp32 one whose halves are not square, so that swapped sides show.
     """
-    forms = _forms(arch, itemsize, precision)
+    forms, exact = _forms(arch, itemsize, precision), launch.is_exact(itemsize, precision)
     if launch.INTERPRET:
-        return forms[1 if launch.is_exact(itemsize, precision) else -1]
+        return forms[1 if exact else -1]
     # The cost of a tile's row or column, in products. Fitted to what `check aot` predicts for base
     # and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
     from_shared = launch.multiplies_from_shared_memory(arch)
-    edge = 67 if from_shared and not launch.is_exact(itemsize, precision) else 34
+    edge = 67 if from_shared and precision != "bf16x6" and not exact else 34
 
     def work(form):
         M, N_, K, warps, stages = form
@@ -337,11 +358,12 @@ def config_of(op, T, N, K, itemsize, precision, arch, multiprocessors, parts=1):
     return tile.pop("PERSISTENT"), tile
 
 
-def describable(arch, exact, *rows):
+def describable(arch, precision, *rows):
     """Whether the GPU has tensor descriptors that can describe each (t [.., K], stride of rows).
-    Exact fp32 products spill in this form."""
+    fp32 products spill in this form, but for TF32."""
     has = launch.INTERPRET or (isinstance(arch, int) and arch >= 90)
-    return has and not exact and all(
+    of_fp32 = rows[0][0].itemsize == 4 and precision != "tf32"
+    return has and not of_fp32 and all(
         t.data_ptr() % 16 == 0 and stride * t.itemsize % 16 == 0 and stride >= t.shape[1] > 0
         for t, stride in rows
     )
@@ -400,16 +422,15 @@ def launch_product(y, x, weight, bias, act, residual, num_tokens, times=False, o
     x, stride_xt = launch.rows(x)
     residual, stride_rt = launch.rows(residual)
     (T, K), N = x.shape, weight.shape[0]
-    precision = launch.precision(x)
+    precision = product_precision(x)
     gpu = launch.arch(), launch.multiprocessors()
     persistent, config = config_of(op, T, N, K, x.itemsize, precision, *gpu)
     shared = {"ACT": act, "TIMES": times, "PRECISION": precision, **config}
     bias = None if bias is None else bias.contiguous()
     tiles = ceil_div(T, config["BLOCK_M"]) * ceil_div(N, config["BLOCK_N"])
-    exact = launch.is_exact(x.itemsize, precision)
     transposed = _lies_by_columns(weight)
     stored, stride_w = launch.rows(weight.mT if transposed else weight)
-    if tiles and persistent and describable(gpu[0], exact, (x, stride_xt), (stored, stride_w)):
+    if tiles and persistent and describable(gpu[0], precision, (x, stride_xt), (stored, stride_w)):
         M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
         weight_tile = (K_, N_) if transposed else (N_, K_)
         launch.start(

@@ -29,6 +29,7 @@ from .linear import (
     places,
     plain_rows,
     product,
+    product_precision,
     take_tiles,
 )
 from .spec import Spec
@@ -122,7 +123,7 @@ def _persistent_kernel(
 def _forward(y, x, qw, qb, kw, kb, vw, vb, num_tokens):
     x, stride_xt = launch.rows(x)
     (T, K), N = x.shape, qw.shape[0]
-    precision = launch.precision(x)
+    precision = product_precision(x)
     gpu = launch.arch(), launch.multiprocessors()
     persistent, config = config_of("qkv", T, N, K, x.itemsize, precision, *gpu, parts=3)
     M_, N_, K_ = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
@@ -131,8 +132,7 @@ def _forward(y, x, qw, qb, kw, kb, vw, vb, num_tokens):
         return
     weights = [w.contiguous() for w in (qw, kw, vw)]
     biases = [b.contiguous() for b in (qb, kb, vb)]
-    exact = launch.is_exact(x.itemsize, precision)
-    if persistent and describable(gpu[0], exact, (x, stride_xt), *((w, K) for w in weights)):
+    if persistent and describable(gpu[0], precision, (x, stride_xt), *((w, K) for w in weights)):
         launch.start(
             _persistent_kernel, 3 * min(tiles, places(3, *gpu, x.itemsize, **config)),
             TensorDescriptor(x, (T, K), (stride_xt, 1), (M_, K_)),

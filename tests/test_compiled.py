@@ -4,6 +4,7 @@ check/compiled.py does this for every case of every op; here it is the first of 
 and bugs that the emulator must find.
 """
 
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -73,6 +74,44 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
             y = linear(x[:T], weight, bias, activation="gelu", residual=residual[:T])
         found.append(y[0])
     assert all(torch.equal(row, found[0]) for row in found)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_fp32_by_products_of_bf16(arch, monkeypatch):
+    """It errs less than exact products, and has the same bits in every tile."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(130, 768), torch.randn(140, 768)
+    truth = x.double() @ weight.double().mT
+    found, file = [], importlib.import_module("bert_fast.kernels.linear")
+    for form in file._forms(int(arch[3:]), 4, "bf16x6"):
+        monkeypatch.setattr(file, "_tile", lambda *_, form=form: form)
+        with emulated(arch):
+            found.append(linear(x, weight))
+    assert all(torch.equal(y, found[0]) for y in found)
+    monkeypatch.undo()
+    monkeypatch.setattr(file.launch, "fp32_precision", lambda: "ieee")
+    with emulated(arch):
+        exact = linear(x, weight)
+    assert not torch.equal(exact, found[0])
+    error, of_exact, of_torch = (
+        (y - truth).square().mean().sqrt() for y in (found[0], exact, x @ weight.mT)
+    )
+    assert error < of_exact and error < of_torch
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@torch.no_grad()
+def test_fp32_by_products_of_bf16_leaves_infinity_and_nan_what_they_are(arch):
+    """No number becomes NaN though the rest of what is infinite is not a number."""
+    x, inf, nan = torch.randn(4, 16), torch.inf, torch.nan
+    x[0, 3], x[1, 4], x[2, 5:7] = inf, nan, torch.tensor([inf, -inf])
+    weight = torch.tensor([[1.0], [-0.5]]).expand(2, 16).contiguous()
+    with emulated(arch):
+        y = linear(x, weight)
+        near = linear(torch.tensor([[3.38e38], [-1e38], [1e-33], [0.0]]), torch.ones(1, 1))
+    torch.testing.assert_close(y, x @ weight.mT, equal_nan=True, rtol=1e-5, atol=1e-5)
+    assert near[:, 0].tolist() == pytest.approx([3.38e38, -1e38, 1e-33, 0.0], rel=1e-6, abs=0)
 
 
 @torch.no_grad()

@@ -513,7 +513,7 @@ def test_graphs_stand_beside_torchs_switch_for_tf32():
         without = bucket_of(model, given, {})
         torch.backends.fp32_precision = "tf32"
         try:
-            assert bucket_of(model, given, {}) == without._replace(allows_tf32=True)
+            assert bucket_of(model, given, {}) == without._replace(fp32_precision="tf32")
         finally:
             torch.backends.fp32_precision = "none"
 

@@ -106,11 +106,34 @@ def test_tf32_leaves_infinity_and_nan_what_they_are():
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
-@pytest.mark.parametrize("itemsize, precision", [(2, "ieee"), (4, "ieee"), (4, "tf32")])
+@pytest.mark.parametrize(
+    "itemsize, precision", [(2, "ieee"), (4, "ieee"), (4, "tf32"), (4, "bf16x6")]
+)
 def test_every_form_takes_the_same_instruction(itemsize, precision, arch):
-    """sm_90 multiplies in another way from 64 rows and four warps on."""
-    for M, N, _, warps, _ in file._forms(arch, itemsize, precision):
+    """sm_90 multiplies in another way from 64 rows and four warps on. fp32 adds up steps of K."""
+    forms = file._forms(arch, itemsize, precision)
+    for M, N, _, warps, _ in forms:
         assert M >= 64 and N >= 16 and warps >= 4
+    if precision in ("ieee", "bf16x6") and itemsize == 4:
+        assert len({K for _, _, K, *_ in forms}) == 1
+
+
+@pytest.mark.parametrize(
+    "arch, setting, dtype, expected",
+    [
+        (90, "none", torch.float32, "bf16x6"), (80, "none", torch.float32, "bf16x6"),
+        (90, "ieee", torch.float32, "ieee"), (90, "tf32", torch.float32, "tf32"),
+        (89, "none", torch.float32, "ieee"), ("gfx942", "none", torch.float32, "ieee"),
+        (90, "none", torch.float16, "ieee"), (90, "tf32", torch.bfloat16, "ieee"),
+    ],
+)  # fmt: skip
+def test_fp32_is_split_where_that_is_faster_and_torch_is_not_told_otherwise(
+    arch, setting, dtype, expected, monkeypatch
+):
+    monkeypatch.setattr(launch, "INTERPRET", False)
+    monkeypatch.setattr(launch, "arch", lambda: arch)
+    monkeypatch.setattr(launch, "fp32_precision", lambda: setting)
+    assert file.product_precision(torch.ones(1, dtype=dtype)) == expected
 
 
 def test_a_form_is_chosen_by_shape_and_architecture(monkeypatch):
@@ -245,5 +268,5 @@ def test_more_rows_than_the_kernels_count_are_refused():
 
 def test_rows_that_overlap_get_no_tensor_descriptor():
     x = torch.zeros(1, 64).expand(128, 64)
-    assert not file.describable(90, False, (x, x.stride(0)))
-    assert file.describable(90, False, (x.contiguous(), 64))
+    assert not file.describable(90, "ieee", (x, x.stride(0)))
+    assert file.describable(90, "ieee", (x.contiguous(), 64))
