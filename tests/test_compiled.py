@@ -79,7 +79,7 @@ def test_bits_of_a_row_do_not_depend_on_the_batch(dtype):
 @pytest.mark.parametrize("arch", ARCHS)
 @torch.no_grad()
 def test_fp32_by_products_of_bf16(arch, monkeypatch):
-    """It errs less than exact products, and has the same bits in every tile."""
+    """It errs like exact products, less than torch's, and has the same bits in every tile."""
     torch.manual_seed(0)
     x, weight = torch.randn(130, 768), torch.randn(140, 768)
     truth = x.double() @ weight.double().mT
@@ -97,7 +97,7 @@ def test_fp32_by_products_of_bf16(arch, monkeypatch):
     error, of_exact, of_torch = (
         (y - truth).square().mean().sqrt() for y in (found[0], exact, x @ weight.mT)
     )
-    assert error < of_exact and error < of_torch
+    assert error < 1.1 * of_exact and error < of_torch / 2
 
 
 @pytest.mark.parametrize("arch", ARCHS)
