@@ -278,8 +278,9 @@ def product_precision(x):
     the result errs less than that of exact products in one chain. Two things are lost: numbers
     within 0.4 % of the largest count as infinity, and of those below 1e-33 what is below 1e-40."""
     precision = launch.precision(x)
-    splits = launch.arch() in SPLIT and not launch.INTERPRET and launch.fp32_precision() != "ieee"
-    return "bf16x6" if splits and launch.is_exact(x.itemsize, precision) else precision
+    if not launch.is_exact(x.itemsize, precision) or launch.INTERPRET:
+        return precision
+    return "bf16x6" if launch.arch() in SPLIT and launch.fp32_precision() != "ieee" else precision
 
 
 def _forms(arch, itemsize, precision):
@@ -296,8 +297,10 @@ def _forms(arch, itemsize, precision):
     """
     if precision == "bf16x6":
         if launch.multiplies_from_shared_memory(arch):
-            return ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3), (128, 128, 32, 8, 3))
-        return ((64, 32, 16, 4, 4), (64, 64, 16, 4, 4), (64, 128, 16, 4, 4))  # 32 would spill
+            K, large = 32, (128, 128, 32, 8, 3)
+        else:
+            K, large = 16, (64, 128, 16, 4, 4)  # 32 would spill
+        return ((64, 16, K, 4, 4), (64, 32, K, 4, 4), (64, 64, K, 4, 4), large)
     if launch.is_exact(itemsize, precision):  # operands are in registers
         small = ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
         if isinstance(arch, str):

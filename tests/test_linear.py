@@ -32,10 +32,10 @@ def launched_on(arch, dtype, monkeypatch, request):
         arch = file.launch.arch()
     monkeypatch.setattr(file.launch, "_gpus", lambda: False)
     monkeypatch.setattr(file.launch, "arch", lambda: arch)
-    if dtype != "tf32":
-        return arch, dtype, "ieee"
-    request.getfixturevalue("tf32")
-    return arch, torch.float32, "tf32"
+    if dtype == "tf32":
+        request.getfixturevalue("tf32")
+        dtype = torch.float32
+    return arch, dtype, file.product_precision(torch.empty(0, dtype=dtype))
 
 
 # -- the same bits whatever the batch ------------------------------------------------------
