@@ -273,10 +273,10 @@ SPLIT = (80, 90, 100, 103)  # whose tensor cores are 16 times as fast in bf16 as
 
 def product_precision(x):
     """input_precision of a product of x. fp32 is "bf16x6" on GPUs of SPLIT: each number is a sum of
-    three of bf16, which have all of its 24 bits; of their nine products the three smallest, which
-    together are less than the last of them, are left out. As sums of a few steps of K are added up,
-    the result errs less than that of exact products in one chain. Two things are lost: numbers
-    within 0.4 % of the largest count as infinity, and of those below 1e-33 what is below 1e-40."""
+    three of bf16, which have all of its 24 bits; of their nine products three, below the last bit,
+    are left out. As sums of a few steps of K are added up, the result errs less than that of exact
+    products in one chain. Two things are lost: numbers within 0.4 % of the largest count as
+    infinity, and of those below 1e-33 what is below 1e-40."""
     precision = launch.precision(x)
     if not launch.is_exact(x.itemsize, precision) or launch.INTERPRET:
         return precision
@@ -297,10 +297,9 @@ def _forms(arch, itemsize, precision):
     """
     if precision == "bf16x6":
         if launch.multiplies_from_shared_memory(arch):
-            K, large = 32, (128, 128, 32, 8, 3)
-        else:
-            K, large = 16, (64, 128, 16, 4, 4)  # 32 would spill
-        return ((64, 16, K, 4, 4), (64, 32, K, 4, 4), (64, 64, K, 4, 4), large)
+            small = ((64, 16, 32, 4, 4), (64, 32, 32, 4, 4), (64, 64, 32, 4, 4))
+            return (*small, (128, 128, 32, 8, 3))
+        return ((64, 32, 16, 4, 4), (64, 64, 16, 4, 4), (64, 128, 16, 4, 4))  # 32 would spill
     if launch.is_exact(itemsize, precision):  # operands are in registers
         small = ((64, 32, 32, 4, 3), (64, 64, 32, 4, 3))
         if isinstance(arch, str):

@@ -267,6 +267,6 @@ def test_more_rows_than_the_kernels_count_are_refused():
 
 
 def test_rows_that_overlap_get_no_tensor_descriptor():
-    x = torch.zeros(1, 64).expand(128, 64)
+    x = torch.zeros(1, 64, dtype=torch.float16).expand(128, 64)
     assert not file.describable(90, "ieee", (x, x.stride(0)))
     assert file.describable(90, "ieee", (x.contiguous(), 64))
