@@ -100,8 +100,8 @@ def _persistent_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """A third of the programs takes all tiles of y_i. Each has a loop of its own, as it would have
-    to select a descriptor at each step otherwise."""
+    """As many programs as the GPU holds, a third of which takes all tiles of y_i: each selects its
+    descriptor once, before its loop."""
     rows = T
     if num_tokens_ptr is not None:
         rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # as descriptors require
