@@ -239,6 +239,8 @@ def tf32(allowed):
     """Whether fp32 products may be TF32 inside, for torch and for the kernels, which ask it."""
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if allowed else "none"
+    if not allowed and matmul.fp32_precision == "tf32":  # torch.backends' own, which none inherits
+        matmul.fp32_precision = "ieee"
     try:
         yield
     finally:

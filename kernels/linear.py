@@ -283,6 +283,11 @@ def product_precision(x):
     return "bf16x6" if launch.arch() in SPLIT and launch.fp32_precision() != "ieee" else precision
 
 
+def _is_fp32(itemsize, precision):
+    """Whether products have all digits of fp32: exact or of bf16, not TF32."""
+    return itemsize == 4 and precision != "tf32"
+
+
 def _forms(arch, itemsize, precision):
     """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), small tiles first. None spills on sm_80, sm_90 or
     gfx942.
@@ -326,13 +331,13 @@ def _tile(T, N, itemsize, precision, arch, multiprocessors, parts):
     """The form with the least work for the busiest SM. In the interpreter, where each program is
     costly, the largest; in exact fp32 one whose halves are not square, so that swapped sides show.
     """
-    forms, exact = _forms(arch, itemsize, precision), launch.is_exact(itemsize, precision)
+    forms = _forms(arch, itemsize, precision)
     if launch.INTERPRET:
-        return forms[1 if exact else -1]
+        return forms[1 if launch.is_exact(itemsize, precision) else -1]
     # The cost of a tile's row or column, in products. Fitted to what `check aot` predicts for base
     # and large, as sm_90 loads tiles from L2 more slowly than it multiplies.
     from_shared = launch.multiplies_from_shared_memory(arch)
-    edge = 67 if from_shared and precision != "bf16x6" and not exact else 34
+    edge = 67 if from_shared and not _is_fp32(itemsize, precision) else 34
 
     def work(form):
         M, N_, K, warps, stages = form
@@ -364,8 +369,7 @@ def describable(arch, precision, *rows):
     """Whether the GPU has tensor descriptors that can describe each (t [.., K], stride of rows).
     fp32 products spill in this form, but for TF32."""
     has = launch.INTERPRET or (isinstance(arch, int) and arch >= 90)
-    of_fp32 = rows[0][0].itemsize == 4 and precision != "tf32"
-    return has and not of_fp32 and all(
+    return has and not _is_fp32(rows[0][0].itemsize, precision) and all(
         t.data_ptr() % 16 == 0 and stride * t.itemsize % 16 == 0 and stride >= t.shape[1] > 0
         for t, stride in rows
     )

@@ -1,7 +1,8 @@
 """The gradients of linear's weight and bias: dW = dy^T x, db = sum of dy over rows.
 
 Shapes     dy [T, N], x [T, K]; dweight [N, K], dbias [N].
-Precision  Sums in fp32, rounded once to the dtype of x. fp32 products as in linear.
+Precision  Sums in fp32, rounded once to the dtype of x. Products in fp32 are exact unless torch
+           allows TF32; sums of steps are added, as in linear.
 Batches    Rows are split among programs, whose partial sums are then added, in an order that
            depends only on shapes and the GPU, so two runs give the same bits. With num_tokens
            nothing waits for the number of rows: a step can be recorded in a graph. Where it is

@@ -774,6 +774,15 @@ def test_tf32_is_allowed_where_it_is_asked_for_alone():
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
+def test_a_row_in_fp32_is_not_tf32_whatever_torch_has_been_told():
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with measure.tf32(False):
+            assert launch.fp32_precision() == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.fp32_precision = "none"
+
+
 def test_inputs_without_memory_are_rows_too():
     def prepare():
         raise torch.OutOfMemoryError("60 GiB")

@@ -101,6 +101,15 @@ def test_fp32_by_products_of_bf16(arch, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+def test_exact_products_in_fp32(arch, monkeypatch):
+    """Of those that are six of bf16 otherwise; with enough rows for a weight by columns too."""
+    monkeypatch.setattr("bert_fast.kernels.launch.fp32_precision", lambda: "ieee")
+    columns = next(case for case in LINEAR.cases if case["T"] > 512)
+    for case in (LINEAR.cases[0], columns):
+        assert not list(of_case(LINEAR, case, torch.float32, "contiguous", call_on(arch)))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @torch.no_grad()
 def test_fp32_by_products_of_bf16_leaves_infinity_and_nan_what_they_are(arch):
     """No number becomes NaN though the rest of what is infinite is not a number."""
