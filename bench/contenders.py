@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from workloads import Contender
 
 import bert_fast
+from bert_fast.kernels import launch
 
 BACKENDS = {  # of F.scaled_dot_product_attention, and the devices that have them
     "math": (SDPBackend.MATH, ("cpu", "cuda")),
@@ -209,6 +210,23 @@ def _ours(problem, **options):
     return _hidden(model)
 
 
+def _dependent(problem):
+    """Ours, whose kernels may start while the one before each ends."""
+    if problem.subject.device.type != "cuda" or not launch.depends(launch.arch()):
+        raise Skip("dependent launches need an NVIDIA GPU of sm_90 or newer")
+    run = _ours(problem)
+
+    def forward(**batch):
+        launch.DEPENDENT = True
+        try:
+            return run(**batch)
+        finally:
+            launch.DEPENDENT = False
+
+    forward.model = run.model
+    return forward
+
+
 # -- onnxruntime ----------------------------------------------------------------------------
 def _onnxruntime(problem):
     """The exported model with onnxruntime's own fusions, on as many threads as torch has."""
@@ -320,6 +338,7 @@ MODELS = (
     ),
     Model("torch.compile max-autotune", partial(_compiled, mode="max-autotune"), slow=True),
     Model("ours, without graphs", partial(_ours, cuda_graphs=False)),
+    Model("ours, dependent launches", _dependent),
     Model("ours, frozen", partial(_ours, frozen=True)),
     Model(
         "ours, training graphs", partial(_ours, training_graphs=True),

@@ -56,7 +56,7 @@ HEAD = (
 )  # fmt: skip
 BRIEF = (
     "FlashAttention unpadded", "stock sdpa, CUDA graphs", "ours, without graphs",
-    "ours, training graphs", "ours",
+    "ours, dependent launches", "ours, training graphs", "ours",
 )  # fmt: skip
 STAGES = (  # what is measured, in this order: dtype, models or ops, how many cases of an op
     ("bfloat16", HEAD, None),

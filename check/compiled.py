@@ -62,7 +62,7 @@ class EmulatingDriver(Driver):
         scratch = [0, 0]  # pointers that Triton adds, to memory that these kernels do not ask for
         execute(
             kernel.asm["ptx"], kernel.metadata.shared, programs,
-            Memory(tensors, self.hidden), [*arguments, *scratch],
+            Memory(tensors, self.hidden), [*arguments, *scratch], kernel.metadata.launch_pdl,
         )  # fmt: skip
 
 
@@ -89,7 +89,8 @@ def emulated(arch, hidden=()):
         triton.runtime.driver.active.launch(kernel, x * y * z, args)
 
     stand_in = patch.object(triton.compiler.CompiledKernel, "_init_handles", handles)
-    with stand_in, launching(EmulatingDriver(TARGETS[arch].triton, hidden)):
+    dependent = patch("bert_fast.kernels.launch.DEPENDENT", True)
+    with stand_in, dependent, launching(EmulatingDriver(TARGETS[arch].triton, hidden)):
         yield
 
 

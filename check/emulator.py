@@ -64,9 +64,10 @@ class Machine:
     shared     bytes of shared memory of a program
     arguments  {parameter: int, float or TensorMap}
     programs   numbers of these programs, of `of` in all
+    dependent  whether the launch before may be under way
     """
 
-    def __init__(self, program, shared, memory, arguments, programs, of):
+    def __init__(self, program, shared, memory, arguments, programs, of, dependent):
         self.program, self.memory, self.arguments = program, memory, arguments
         self.count = len(programs) * program.threads
         self.place = np.repeat(np.arange(len(programs)), program.threads)  # of a thread's program
@@ -86,6 +87,7 @@ class Machine:
         self.groups = np.zeros(self.count, np.int64)  # how many each thread has committed
         self.barriers = {}  # by offset in self.shared
         self.spins = 0
+        self.waits = np.full(self.count, dependent)  # threads that may access no memory yet
         self.at = np.zeros(self.count, np.int64)  # the block that each thread executes next
         self.mask = None  # bool [threads] of those that execute an instruction; None for all
         self.blocks = [[(self._handler(i), i) for i in block] for block in program.blocks]
@@ -403,7 +405,7 @@ class Machine:
         if i.parts[0].startswith("shared"):
             found = self.shared[self.offsets(source, width)[:, None] + np.arange(width)]
         else:
-            found = self.memory.load(self.addresses(source), width)
+            found = self.memory.load(self.global_addresses(source), width)
         found = found.view(dtype)
         for k, register in enumerate(to):
             self.write_some(register, found[:, k])
@@ -419,7 +421,7 @@ class Machine:
         if i.parts[0].startswith("shared"):
             self.shared[self.offsets(place, width)[:, None] + np.arange(width)] = numbers
         else:
-            self.memory.store(self.addresses(place), numbers)
+            self.memory.store(self.global_addresses(place), numbers)
 
     def parameter(self, source, dtype):
         """The argument at an address, which may be computed, and so another for each thread."""
@@ -457,7 +459,7 @@ class Machine:
         if not np.isin(given, (0, width)).all():
             raise Fault(f"a copy of {given.max()} of {width} bytes")
         found = np.zeros(offsets.shape, np.uint8)
-        found[given > 0] = self.memory.load(self.addresses(source)[given > 0], width)
+        found[given > 0] = self.memory.load(self.global_addresses(source)[given > 0], width)
         self.shared[offsets] = 0xFF
         threads = np.arange(self.count)[self.threads]
         self.copies.append((threads, self.groups[threads], offsets, found))
@@ -476,6 +478,7 @@ class Machine:
 
     def copy_boxes(self, place, source, barrier):
         """Boxes through tensor maps, one for each thread; they are there when their barrier is."""
+        self.global_addresses(source)
         x, y = (self.each(c, S32) for c in source.coordinates)
         starts, barriers = self.offsets(place, 128), self.offsets(barrier, 8)
         for k, address in enumerate(self.each(source.base, U64)):
@@ -512,6 +515,17 @@ class Machine:
 
     def do_fence(self, i):
         """Threads keep step, so it changes nothing."""
+
+    def do_griddepcontrol(self, i):
+        """The launches before this one have ended, but it must wait until it knows."""
+        if i.parts[0] == "wait":
+            self.waits[self.threads] = False
+
+    def global_addresses(self, address):
+        """As addresses, of an access to global memory."""
+        if self.waits[self.threads].any():
+            raise Fault("an access that does not wait for the launch before: wait_for_inputs()")
+        return self.addresses(address)
 
     # -- matrices ------------------------------------------------------------------------------
     def rows(self, address):
@@ -613,13 +627,14 @@ class Machine:
         return from_16(found, kind).astype(np.float64)
 
 
-def execute(text, shared, programs, memory, arguments):
+def execute(text, shared, programs, memory, arguments, dependent=False):
     """All programs of a launch.
 
     text       PTX
     shared     bytes of shared memory
     programs   how many
     arguments  int, float or TensorMap, in the order of the kernel's parameters
+    dependent  whether it may start before the launch before has ended
     """
     program = parse(text)
     named = dict(zip(program.parameters, arguments, strict=True))
@@ -627,4 +642,4 @@ def execute(text, shared, programs, memory, arguments):
     with np.errstate(all="ignore"):
         for first in range(0, programs, step):
             some = range(first, min(first + step, programs))
-            Machine(program, shared, memory, named, some, programs).run()
+            Machine(program, shared, memory, named, some, programs, dependent).run()

@@ -33,7 +33,6 @@ lanes, latency that too few warps expose, clocks that drop under load, programs 
 """
 
 import math
-import os
 import re
 import subprocess
 import tempfile
@@ -318,7 +317,7 @@ def _polls(loop):
     return len(loop) <= 8 and any(i.opcode.startswith("SYNCS") for i in loop)
 
 
-_SASS = re.compile(r"^\s+/\*(\w{4,})\*/ +(@\S+ )? *([A-Z][\w.]*)([^;]*);", re.M)
+_SASS = re.compile(r"^(?:(\S+):|\s+/\*\w{4,}\*/ +(@\S+ )? *([A-Z][\w.]*)([^;]*);)", re.M)
 
 
 def _sass(kernel):
@@ -327,24 +326,24 @@ def _sass(kernel):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cubin")
         path.write_bytes(kernel.asm["cubin"])
-        # cuobjdump looks for nvdisasm on the PATH
-        places = f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        text = subprocess.run(
-            [tool("cuobjdump"), "-sass", "-res-usage", path],
-            env={**os.environ, "PATH": places}, capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    usage = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", text)
-    listing = text.partition(f"Function : {name}\n")[2].partition("Function :")[0]
+        used, text = (
+            subprocess.run([tool(name), flag, path], capture_output=True, text=True, check=True)
+            for name, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    usage = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", used.stdout)
+    listing = text.stdout.partition(f"\n.text.{name}:\n")[2].partition("\t.section\t")[0]
     code, labels = [], {}
-    for address, guard, opcode, operands in _SASS.findall(listing):
-        labels[int(address, 16)] = len(code)
+    for label, guard, opcode, operands in _SASS.findall(listing):
+        if label:
+            labels[label] = len(code)
+            continue
         kind = opcode.partition(".")[0]
-        jump = re.fullmatch(r"(.*?)(?:0x([0-9a-f]+))? *", operands)
+        jump = re.fullmatch(r"(.*?)(?:`\(([^)]+)\))? *", operands)
         jumps = kind in ("BRA", "JMP", "CALL") and jump[2]
         always = not guard and (kind != "BRA" or not jump[1].strip())
         code.append(Instruction(
             opcode,
-            to=int(jump[2], 16) if jumps else None,
+            to=jump[2] if jumps else None,
             falls=kind not in ("BRA", "JMP", "BRX", "EXIT", "RET") or not always,
             exits=kind == "EXIT",
             spills=kind in ("LDL", "STL"),

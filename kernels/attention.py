@@ -24,7 +24,16 @@ from torch.nn import functional as F
 
 from . import launch
 from .dropout import check_dropout, draw, factor, hash_rows, most, new_seeds, scales_at
-from .launch import DTYPES, ceil_div, next_power_of_2, once_differentiable, show, tl, triton
+from .launch import (
+    DTYPES,
+    ceil_div,
+    next_power_of_2,
+    once_differentiable,
+    show,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from .pointwise import factor_of
 from .spec import Spec
 
@@ -156,6 +165,7 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """Program (b, h, i) takes queries i * BLOCK_M and on of sequence b, head h."""
+    wait_for_inputs()
     pid = tl.program_id(0)
     start_m = pid % blocks * BLOCK_M
     h = pid // blocks % heads

@@ -36,7 +36,7 @@ from .attention import (
     unit_stride,
 )
 from .dropout import check_dropout, draw, factor, most
-from .launch import ceil_div, next_power_of_2, show, tl, triton
+from .launch import ceil_div, next_power_of_2, show, tl, triton, wait_for_inputs
 from .pointwise import factor_of
 from .spec import Spec
 
@@ -163,6 +163,7 @@ def _dq_kernel(
 ):
     """Program (b, h, i) takes queries i * BLOCK_M and on of sequence b, head h. Sequence B stands
     for the rows that are of none."""
+    wait_for_inputs()
     pid = tl.program_id(0)
     start_m = pid % blocks * BLOCK_M
     h = (pid // blocks % heads).to(tl.int64)
@@ -263,6 +264,7 @@ def _dkdv_kernel(
 ):
     """Program (b, h, j) takes keys j * BLOCK_N and on of sequence b, head h. Sequence B stands for
     the rows that are of none."""
+    wait_for_inputs()
     pid = tl.program_id(0)
     start_n = pid % blocks * BLOCK_N
     h = (pid // blocks % heads).to(tl.int64)

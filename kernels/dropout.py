@@ -17,7 +17,16 @@ import math
 import torch
 
 from . import launch
-from .launch import DTYPES, ceil_div, next_power_of_2, once_differentiable, show, tl, triton
+from .launch import (
+    DTYPES,
+    ceil_div,
+    next_power_of_2,
+    once_differentiable,
+    show,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from .layer_norm import fuzz_shape
 from .spec import Spec
 
@@ -114,6 +123,7 @@ def _kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program (m, n) takes block n of row m; both are in one grid axis, the one without a limit."""
+    wait_for_inputs()
     blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)  # row * stride may pass 2^31

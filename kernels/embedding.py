@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, once_differentiable, show, tl, triton
+from .launch import DTYPES, once_differentiable, show, tl, triton, wait_for_inputs
 from .layer_norm import (
     MAX_N,
     check_weight_and_bias,
@@ -79,6 +79,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program t embeds packed row t."""
+    wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)  # t * N may pass 2^31
     if num_tokens_ptr is not None:
         if t >= tl.load(num_tokens_ptr):

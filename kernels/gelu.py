@@ -18,7 +18,16 @@ import torch
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, ceil_div, next_power_of_2, once_differentiable, show, tl, triton
+from .launch import (
+    DTYPES,
+    ceil_div,
+    next_power_of_2,
+    once_differentiable,
+    show,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from .layer_norm import fuzz_shape
 from .pointwise import gelu_erf, gelu_exp2
 from .spec import Spec
@@ -45,6 +54,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program (m, n) takes block n of row m; both are in one grid axis, the one without a limit."""
+    wait_for_inputs()
     blocks = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)  # row * stride may pass 2^31

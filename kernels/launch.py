@@ -27,9 +27,14 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from triton.language.target_info import cuda_capability_geq
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # a CPU build of torch, macOS, Windows: the CPU implementations remain
-    triton = tl = TensorDescriptor = _Absent()
+    triton = tl = TensorDescriptor = cuda_capability_geq = _Absent()
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # there is no Triton, or it is a build for AMD alone
+    gdc_launch_dependents = gdc_wait = None
 
 HAS_TRITON = not isinstance(triton, _Absent)
 INTERPRET = HAS_TRITON and bool(triton.knobs.runtime.interpret)
@@ -344,6 +349,21 @@ _compiled = {}  # what `start` has launched: (compiled kernel, its constexprs)
 _free = {}  # id: (kernel, for each argument whether it is do_not_specialize)
 _run = HAS_TRITON and triton.JITFunction.run
 FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction; off by default from Triton 3.10
+DEPENDENT = False  # whether a kernel may start before the one before it ends, where GPUs allow that
+COMPILED = tl.constexpr(not INTERPRET)
+
+
+@triton.jit
+def wait_for_inputs():
+    """The first statement of every kernel: no access to memory may come before it.
+
+    With DEPENDENT, on sm_90 and newer, programs start when all of the kernel before have been
+    started, not when these have ended; here they wait until these have ended and what they wrote
+    can be read. Without DEPENDENT, and on other GPUs, it does nothing.
+    """
+    if COMPILED and cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 def start(kernel, programs, *args, **options):
@@ -357,12 +377,15 @@ def start(kernel, programs, *args, **options):
     specialises on 1 and on multiples of 16, unless the kernel says do_not_specialize. On AMD Triton
     also specialises on the size of tensors, so there, and where its run is patched, it launches.
     """
+    always = FUSED
+    if is_dependent := DEPENDENT and not INTERPRET and depends(arch()):
+        always = FUSED | {"launch_pdl": True}
     if INTERPRET or torch.version.hip or triton.JITFunction.run is not _run:
-        kernel[(programs,)](*args, **options, **FUSED)
+        kernel[(programs,)](*args, **options, **always)
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    key = [id(kernel), device]  # hashing the kernel would hash its source
+    key = [id(kernel), device, is_dependent]  # hashing the kernel would hash its source
     if id(kernel) not in _free:
         _free[id(kernel)] = kernel, [p.do_not_specialize for p in kernel.params]
     for a, is_free in zip(args, _free[id(kernel)][1]):
@@ -382,7 +405,7 @@ def start(kernel, programs, *args, **options):
     if found is None:
         if len(_compiled) >= 10000:  # e.g. ever new strides
             _compiled.clear()
-        compiled = kernel[(programs,)](*args, **options, **FUSED)
+        compiled = kernel[(programs,)](*args, **options, **always)
         if compiled is None:  # one of Triton's hooks took the launch
             return
         _compiled[key] = compiled, [options[name] for name in kernel.arg_names[len(args) :]]
@@ -546,6 +569,11 @@ def arch():
 @functools.cache
 def _arch(device):
     return triton.runtime.driver.active.get_current_target().arch
+
+
+def depends(arch):
+    """Whether kernels can be launched as DEPENDENT."""
+    return isinstance(arch, int) and arch >= 90
 
 
 def multiplies_from_shared_memory(arch):

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, next_power_of_2, once_differentiable, show, tl, triton
+from .launch import DTYPES, next_power_of_2, once_differentiable, show, tl, triton, wait_for_inputs
 from .spec import Spec
 
 MAX_N = 8192  # a program holds its whole row in registers
@@ -67,6 +67,7 @@ def _forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program m normalises row m."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)  # row * stride may pass 2^31
     if num_tokens_ptr is not None:
         if row >= tl.load(num_tokens_ptr):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from . import launch
-from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton
+from .launch import DTYPES, ceil_div, next_power_of_2, show, tl, triton, wait_for_inputs
 from .layer_norm import SPEC as LAYER_NORM
 from .layer_norm import check_residual, check_rows, fuzz_shape, load_row, normalize, sum_of
 from .spec import Spec
@@ -64,6 +64,7 @@ def _backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program i takes rows i, i + programs and so on."""
+    wait_for_inputs()
     pid = tl.program_id(0).to(tl.int64)  # as are rows: row * stride may pass 2^31
     programs = tl.num_programs(0)
     rows = M
@@ -107,6 +108,7 @@ def _sum_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Program i takes the columns from i * BLOCK_N on of dweight and dbias, concatenated."""
+    wait_for_inputs()
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < 2 * N

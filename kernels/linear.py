@@ -40,7 +40,16 @@ from torch.nn import functional as F
 
 from . import launch
 from .gelu import act_of, gelu_ref
-from .launch import DTYPES, TensorDescriptor, ceil_div, once_differentiable, show, tl, triton
+from .launch import (
+    DTYPES,
+    TensorDescriptor,
+    ceil_div,
+    once_differentiable,
+    show,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from .pointwise import factor_of, gelu_erf
 from .spec import Spec
 from .weight_gradient import weight_gradient
@@ -191,6 +200,7 @@ def _forward_kernel(
 ):
     """Program (m, n) takes tile (m, n) of y. Neighbours differ in n: a BERT weight stays in L2, and
     x is read from memory once."""
+    wait_for_inputs()
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     start_m = pid // blocks_n * BLOCK_M
@@ -258,6 +268,7 @@ def _persistent_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     """As many programs as the GPU holds take all tiles of y, in the order above."""
+    wait_for_inputs()
     rows = T
     if num_tokens_ptr is not None:
         rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # as descriptors require

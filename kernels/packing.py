@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import launch
-from .launch import DTYPES, next_power_of_2, once_differentiable, show, tl, triton
+from .launch import DTYPES, next_power_of_2, once_differentiable, show, tl, triton, wait_for_inputs
 from .spec import Spec
 
 
@@ -63,6 +63,7 @@ def _count_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """Program b counts the tokens of sequence b."""
+    wait_for_inputs()
     b = tl.program_id(0).to(tl.int64)
     count = tl.zeros([BLOCK_S], tl.int32)
     for start in range(0, S, BLOCK_S):
@@ -85,6 +86,7 @@ def _index_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """Program b numbers the tokens of sequence b, after those of all sequences before it."""
+    wait_for_inputs()
     b = tl.program_id(0)
     before = tl.zeros([BLOCK_S], tl.int32)
     for start in range(0, b, BLOCK_S):
@@ -116,6 +118,7 @@ def _unpack_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Program r writes position r."""
+    wait_for_inputs()
     r = tl.program_id(0).to(tl.int64)  # r * N may pass 2^31
     row = tl.load(packed_row_ptr + r).to(tl.int64)
     for start in range(0, N, BLOCK_N):
@@ -287,8 +290,9 @@ def _unpack_inputs(dtype, device, lengths, S, N):
         T = lengths * S
         packed_row = torch.arange(T, dtype=torch.int32, device=device).view(lengths, S)
     else:
-        packed_row = pack_ref(ragged_mask(lengths, S, device)).packed_row
+        packed_row = pack_ref(ragged_mask(lengths, S, "cpu")).packed_row
         T = int((packed_row >= 0).sum())
+        packed_row = packed_row.to(device)
     return {"x": torch.randn(T, N, device=device).to(dtype), "packed_row": packed_row}
 
 

@@ -17,7 +17,16 @@ import torch
 from torch.nn import functional as F
 
 from . import launch
-from .launch import DTYPES, TensorDescriptor, ceil_div, once_differentiable, show, tl, triton
+from .launch import (
+    DTYPES,
+    TensorDescriptor,
+    ceil_div,
+    once_differentiable,
+    show,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 from .linear import SPEC as LINEAR
 from .linear import (
     by_columns,
@@ -62,6 +71,7 @@ def _forward_kernel(
 ):
     """Program (m, i, n) takes tile (m, n) of y_i. Neighbours differ in n, then in i: x is read
     from memory once."""
+    wait_for_inputs()
     blocks_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     start_m = pid // (3 * blocks_n) * BLOCK_M
@@ -102,6 +112,7 @@ def _persistent_kernel(
 ):
     """As many programs as the GPU holds, a third of which takes all tiles of y_i: each selects its
     descriptor once, before its loop."""
+    wait_for_inputs()
     rows = T
     if num_tokens_ptr is not None:
         rows = tl.minimum(tl.load(num_tokens_ptr), T).to(tl.int32)  # as descriptors require

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import launch
-from .launch import DTYPES, ceil_div, show, tl, triton
+from .launch import DTYPES, ceil_div, show, tl, triton, wait_for_inputs
 from .pointwise import factor_of
 from .spec import Spec
 
@@ -63,6 +63,7 @@ def _product_kernel(
 ):
     """Program (part, n, k + 1) sums tile (n, k) of dweight over the rows of a part, program
     (part, n, 0) tile n of dbias."""
+    wait_for_inputs()
     blocks_k = tl.cdiv(K, BLOCK_K)
     tiles = tl.cdiv(N, BLOCK_N) * (blocks_k + 1)
     part = tl.program_id(0) // tiles
@@ -108,6 +109,7 @@ def _sum_kernel(
     BLOCK: tl.constexpr,
 ):
     """Program i takes the elements from i * BLOCK on of both, concatenated."""
+    wait_for_inputs()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # parts may pass 2^31
     mask = offs < size + N
     total = tl.zeros([BLOCK], tl.float32)

@@ -193,6 +193,12 @@ def test_a_tensor_map_whose_bytes_are_not_announced(monkeypatch):
         faults_of_linear("sm_90")
 
 
+def test_an_access_that_does_not_wait_for_the_launch_before(monkeypatch):
+    broken(monkeypatch, r"griddepcontrol\.wait", "fence.sc.cta")
+    with pytest.raises(Fault, match="does not wait for the launch before"):
+        faults_of_linear("sm_90")
+
+
 def test_matrices_in_another_order(monkeypatch):
     broken(monkeypatch, r"(ldmatrix[^{]*)\{(%r\d+), (%r\d+),", r"\1{\3, \2,")
     assert faults_of_linear("sm_80")

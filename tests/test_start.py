@@ -12,7 +12,9 @@ import torch
 pytest.importorskip("triton")  # macOS, Windows
 
 import triton
+from models import ids_of, masks, stock_model
 
+import bert_fast
 from bert_fast import kernels as ops
 from bert_fast.kernels import SPECS, launch, linear
 from bert_fast.kernels.launch import DTYPES, INTERPRET
@@ -144,6 +146,46 @@ def test_numbers_of_numpy_are_taken(kind, launches, monkeypatch):
     ops.attention_backward(heads, heads, heads, heads, cu_seqlens, 3, **drops)
     ops.embedding(None, x, x, x, x[0], x[0], inputs_embeds=x[None], eps=half)
     assert len(launches) == 8
+
+
+def test_launches_are_dependent_where_gpus_have_that(launches, monkeypatch):
+    x, weight = torch.ones(3, 64), torch.ones(32, 64)
+    for arch, dependent in (("sm_90", False), ("sm_90", True), ("sm_80", True)):
+        monkeypatch.setattr(launch, "DEPENDENT", dependent)
+        monkeypatch.setattr(triton.runtime.driver, "_active", ForTests(TARGETS[arch].triton))
+        launch._arch.cache_clear()
+        launches.clear()
+        for _ in range(2):  # as new, and as known
+            linear(x, weight)
+        ((of_new, *_), (of_known, *_)) = launches
+        assert of_new == of_known
+        assert ("'launch_pdl': True" in str(of_new)) == (dependent and arch == "sm_90")
+    launch._arch.cache_clear()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not launch.depends(launch.arch()),
+    reason="an NVIDIA GPU of sm_90 or newer has dependent launches",
+)
+def test_dependent_launches_give_the_same_bits(monkeypatch):
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
+    model = stock_model("BertForSequenceClassification", "cuda", torch.bfloat16, **sizes)
+    inputs = {"input_ids": ids_of("cuda"), "attention_mask": masks("cuda")["right"]}
+    bert_fast.accelerate(model, cuda_graphs=False)
+
+    def step():
+        model.zero_grad()
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        model(**inputs).logits.square().sum().backward()
+        return logits, *(p.grad for p in model.parameters())
+
+    wanted = step()
+    monkeypatch.setattr(launch, "DEPENDENT", True)
+    for with_graphs in (False, True):
+        bert_fast.accelerate(model, cuda_graphs=with_graphs)
+        for _ in range(100):  # a race would show now and then
+            assert all(map(torch.equal, step(), wanted))
 
 
 def test_what_is_launched_without_end_is_not_kept_without_end(launches):
