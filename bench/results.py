@@ -16,7 +16,7 @@ from rich.table import Table
 from sensors import Sensors
 
 from bert_fast.kernels import backend
-from bert_fast.kernels.launch import TABLES, slug
+from bert_fast.kernels.launch import slug, table_for
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -149,11 +149,12 @@ def environment(known):
     sources  of all Python files, those of the commit or not
     tuned    of the table of launch configurations for this device
     """
-    table = TABLES / f"{slug(known['name'])}.json"
+    gpu = [known.get(name) for name in ("name", "capability", "multiprocessors")]
+    table, _ = table_for(*gpu) if known["type"] == "cuda" else (None, None)
     return {
         **{name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")},
         "sources": sources(),
-        "tuned": _hash(table.read_bytes()) if known["type"] == "cuda" and table.exists() else None,
+        "tuned": table and _hash(table.read_bytes()),
     }
 
 

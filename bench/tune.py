@@ -348,15 +348,15 @@ def _tune(results, clock, device, end, path, todo, ahead):
         if best != default:
             chosen[which[0]][which[1]] = best
         if best != default or path.exists():
-            write_table(path, results.content["device"]["name"], chosen, lost=which)
+            write_table(path, results.content["device"], chosen, lost=which)
         results.add(tune=tried)
     return {op: keys for op, keys in chosen.items() if keys}
 
 
-def write_table(path, gpu, tables, lost=(None, None)):
-    """The table of gpu, keeping what an earlier run found for other keys than these, and than the
-    (op, key) `lost`, which has no more than what tables say of it."""
-    known = {}
+def write_table(path, device, tables, lost=(None, None)):
+    """The table of a device, as device_of describes it, keeping what an earlier run found for other
+    keys than these, and than the (op, key) `lost`, which has no more than what tables say of it."""
+    known, gpu = {}, device["name"]
     if path.exists():
         for (op, key), config in launch.read_table(path, gpu).items():
             if (op, key) != lost:
@@ -364,8 +364,9 @@ def write_table(path, gpu, tables, lost=(None, None)):
     for op, keys in tables.items():
         known.setdefault(op, {}).update(keys)
     content = {
-        "schema": 1, "gpu": gpu, "git commit": commit(), "versions": versions(),
-        "configurations": known,
+        "schema": 1, "gpu": gpu, "capability": device["capability"],
+        "multiprocessors": device["multiprocessors"], "git commit": commit(),
+        "versions": versions(), "configurations": known,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".part")
@@ -381,22 +382,22 @@ def add_arguments(parser):
 
 
 def chosen_in(content):
-    """(GPU, {op: {key: configuration}}) of a result file of this part."""
+    """(device, {op: {key: configuration}}) of a result file of this part."""
     tables = defaultdict(dict)
     for entry in content.get("tune", ()):
         if entry["status"] == "chosen":
             tables[entry["op"]][entry["key"]] = entry["config"]
-    return content["device"]["name"], dict(tables)
+    return content["device"], dict(tables)
 
 
 def main(options, fail):
     if options.source:
         try:
-            gpu, tables = chosen_in(read(options.source))
+            device, tables = chosen_in(read(options.source))
         except ValueError as error:
             fail(str(error))
-        path = Path(options.table or TABLES / f"{launch.slug(gpu)}.json")
-        write_table(path, gpu, tables)
+        path = Path(options.table or TABLES / f"{launch.slug(device['name'])}.json")
+        write_table(path, device, tables)
         print(f"table written to {path}")
         return 0
     if not torch.cuda.is_available():

@@ -369,6 +369,8 @@ def _print_diagnosis(found):
     facts.add_row("CPU", "{capability}, {threads} threads".format(**found["cpu"]))
     for gpu in found["gpus"]:
         facts.add_row("GPU", "{name}, sm {capability}, {memory_gib} GiB".format(**gpu))
+        tuned = gpu["tuned_on"] and f"measured on {gpu['tuned_on']}"
+        facts.add_row("launch configurations", tuned or "defaults, not measured on this chip")
     for device, runs in found["backends"].items():
         facts.add_row(f"backend on {device}", runs["backend"] or f"none: {runs['reason']}")
 

@@ -4,7 +4,8 @@
 
     versions  {bert_fast, python, torch, triton, transformers, cuda, rocm, driver}; null: absent
     cpu       {threads, capability}
-    gpus      [{name, capability, memory_gib}]
+    gpus      [{name, capability, memory_gib, tuned_on}], the last one the GPU on which launch
+              configurations were measured, the same or another of its chip; null: defaults
     backends  {cpu, cuda}, each {backend, reason}; one of the two is null
     checks    [{subject, case, device, dtype, error, share, raised, passed}]: the largest error, and
               the largest share of what is allowed; both null where a result is not finite
@@ -26,7 +27,7 @@ import transformers
 from . import __version__, kernels
 from .checkpoints import SHIPPED
 from .encode import load
-from .kernels.launch import DTYPES, HAS_TRITON, INTERPRET, triton
+from .kernels.launch import DTYPES, HAS_TRITON, INTERPRET, table_for, triton
 from .swap import report
 
 CASES = 2  # per op: the typical one and its first edge case
@@ -82,15 +83,18 @@ def _driver():
 
 
 def _gpus():
-    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [
-        {
-            "name": gpu.name,
-            "capability": f"{gpu.major}.{gpu.minor}",
-            "memory_gib": round(gpu.total_memory / 2**30, 1),
-        }
-        for gpu in found
-    ]
+    found = []
+    for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count())):
+        name, capability = gpu.name, f"{gpu.major}.{gpu.minor}"
+        found.append(
+            {
+                "name": name,
+                "capability": capability,
+                "memory_gib": round(gpu.total_memory / 2**30, 1),
+                "tuned_on": table_for(name, capability, gpu.multi_processor_count)[1],
+            }
+        )
+    return found
 
 
 def _backend(device):

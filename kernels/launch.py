@@ -488,9 +488,24 @@ def _tuned(index, op, rows, key):
 @functools.cache
 def _table(index):
     """{(op, key): configuration} of a GPU; {} without a table, or with an invalid one."""
-    name = torch.cuda.get_device_name(index)
-    path = TABLES / f"{slug(name)}.json"
-    return read_table(path, name) if path.exists() else {}
+    gpu = torch.cuda.get_device_properties(index)
+    path, of = table_for(gpu.name, f"{gpu.major}.{gpu.minor}", gpu.multi_processor_count)
+    return read_table(path, of) if path else {}
+
+
+def table_for(name, capability, multiprocessors):
+    """(path of the table for a GPU, the GPU it was made on): its own, else that of a GPU of the
+    same capability and number of multiprocessors, as an H100 and an H200 have: the same chip with
+    another memory. (None, None) without."""
+    own = TABLES / f"{slug(name)}.json"
+    if own.exists():
+        return own, name
+    for path in sorted(TABLES.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not of this GPU
+            made = json.loads(path.read_text())
+            if (made["capability"], made["multiprocessors"]) == (capability, multiprocessors):
+                return path, made["gpu"]
+    return None, None
 
 
 def read_table(path, gpu):

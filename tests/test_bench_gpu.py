@@ -36,7 +36,7 @@ from bert_fast.kernels.launch import HAS_TRITON, INTERPRET
 
 KNOWN = {
     "type": "cuda", "name": "NVIDIA Toy", "backend": "triton", "cores": 2, "threads": 2,
-    "load": None,
+    "load": None, "capability": "9.0", "multiprocessors": 132,
 }  # fmt: skip
 
 
@@ -719,7 +719,8 @@ def tables(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRET", False)
     monkeypatch.setattr(launch, "_gpus", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Toy")
+    gpu = SimpleNamespace(name="NVIDIA Toy", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
     forget()
     yield tmp_path / "nvidia-toy.json"
     forget()
@@ -860,7 +861,7 @@ def test_what_was_tuned_is_what_launchers_read(tables, tmp_path):
     assert launch_of[-1] == 64
     content = result_schema.read(tmp_path / "tune.json")
     assert {e["status"] for e in content["tune"]} >= {"default", "chosen", "wrong"}
-    assert tune.chosen_in(content) == ("NVIDIA Toy", chosen)
+    assert tune.chosen_in(content) == (KNOWN, chosen)
 
 
 def by_rows(x):
@@ -884,15 +885,15 @@ def test_a_choice_by_rows_gives_the_bits_of_the_default(other_bits, tables):
         return
     assert chosen["by_rows"].keys() == {"N=768 rows<=128", "N=768 rows<=512"}
     tables.unlink()
-    tune.write_table(tables, "NVIDIA Toy", {"by_rows": {"N=768 rows<=512": {"BLOCK_N": 256}}})
+    tune.write_table(tables, KNOWN, {"by_rows": {"N=768 rows<=512": {"BLOCK_N": 256}}})
     for rows, block in ((1, 64), (256, 64), (257, 256), (512, 256), (513, 64)):
         by_rows(torch.ones(rows, 768))
         assert launch_of[-1] == block
 
 
 def test_a_later_table_keeps_the_other_keys(tables):
-    tune.write_table(tables, "NVIDIA Toy", {"toy": {"N=1": {"BLOCK_N": 1}}})
-    tune.write_table(tables, "NVIDIA Toy", {"toy": {"N=2": {"BLOCK_N": 2}}})
+    tune.write_table(tables, KNOWN, {"toy": {"N=1": {"BLOCK_N": 1}}})
+    tune.write_table(tables, KNOWN, {"toy": {"N=2": {"BLOCK_N": 2}}})
     assert launch.read_table(tables, "NVIDIA Toy").keys() == {("toy", "N=1"), ("toy", "N=2")}
 
 
@@ -936,8 +937,24 @@ def test_a_corrupt_or_foreign_table_is_named_once_and_defaults_are_used(text, sa
     assert "`python bench tune` writes the table anew" in str(warned[0].message)
 
 
+def test_a_gpu_without_a_table_takes_that_of_the_same_chip(tables):
+    other = {"name": "NVIDIA Other"}
+    more = {"multiprocessors": 148}
+    for n, device in enumerate((other | more, other | {"capability": "8.0"}, other)):
+        path = tables.with_name(f"other-{n}.json")
+        tune.write_table(path, KNOWN | device, {"op": {"D=64": {"BLOCK_N": 8 << n}}})
+    tables.with_name("a-broken-one.json").write_text('{"capability": ')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launch.configuration("op", {"BLOCK_N": 64}, D=64) == {"BLOCK_N": 32}
+        tune.write_table(tables, KNOWN, {"op": {"D=64": {"BLOCK_N": 16}}})
+        forget()
+        assert launch.configuration("op", {"BLOCK_N": 64}, D=64) == {"BLOCK_N": 16}
+    assert results.environment(KNOWN | other | more)["tuned"]
+
+
 def test_fixed_numbers_are_those_of_the_default_whatever_a_table_says(tables):
-    tune.write_table(tables, "NVIDIA Toy", {"op": {"D=64": {"BLOCK_D": 32, "num_warps": 8}}})
+    tune.write_table(tables, KNOWN, {"op": {"D=64": {"BLOCK_D": 32, "num_warps": 8}}})
     default = {"BLOCK_D": 64, "num_warps": 4}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -951,7 +968,7 @@ def test_a_key_names_nothing_of_the_batch():
 
 
 def test_without_a_gpu_there_are_defaults(tables, monkeypatch):
-    tune.write_table(tables, "NVIDIA Toy", {"op": {"D=64": {"BLOCK_N": 32}}})
+    tune.write_table(tables, KNOWN, {"op": {"D=64": {"BLOCK_N": 32}}})
     monkeypatch.setattr(launch, "_gpus", lambda: False)
     assert launch.configuration("op", {"BLOCK_N": 64}, D=64) == {"BLOCK_N": 64}
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bert_fast.kernels import launch
+
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))
 
 import cli
@@ -152,7 +154,7 @@ def test_a_part_without_rows_is_written_at_once(tmp_path):
 
 def test_what_a_run_depends_on_is_recorded(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "TABLES", tmp_path / "kernels" / "tuned")
+    monkeypatch.setattr(launch, "TABLES", tmp_path / "kernels" / "tuned")
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "kernels" / "tuned").mkdir(parents=True)

@@ -581,7 +581,7 @@ def test_doctor_names_a_gpu_that_the_kernels_do_not_run_on(
     monkeypatch, capsys, reason, problem, remedy
 ):
     missing = kernels.missing
-    gpu = {"name": "Old GPU", "capability": "7.5", "memory_gib": 16.0}
+    gpu = {"name": "Old GPU", "capability": "7.5", "memory_gib": 16.0, "tuned_on": None}
     monkeypatch.setattr(kernels, "SPECS", ())
     monkeypatch.setattr(doctor, "_gpus", lambda: [gpu])
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -592,6 +592,23 @@ def test_doctor_names_a_gpu_that_the_kernels_do_not_run_on(
     assert remedy in problem_of(found, problem)["remedy"]
     cli._print_diagnosis(found)
     assert "Old GPU, sm 7.5, 16.0 GiB" in capsys.readouterr().out
+
+
+def test_doctor_says_on_which_gpu_launch_configurations_were_measured(monkeypatch, capsys):
+    a, b = (
+        types.SimpleNamespace(
+            name=name, major=9, minor=0, total_memory=80 << 30, multi_processor_count=count
+        )
+        for name, count in (("NVIDIA H100 80GB HBM3", 132), ("NVIDIA H100 PCIe", 114))
+    )
+    monkeypatch.setattr(kernels, "SPECS", ())
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", [a, b].__getitem__)
+    found = diagnosis(code=0)
+    assert [gpu["tuned_on"] for gpu in found["gpus"]] == ["NVIDIA H200", None]
+    cli._print_diagnosis(found)
+    said = capsys.readouterr().out
+    assert "measured on NVIDIA H200" in said and "defaults, not measured on this chip" in said
 
 
 def test_doctor_names_a_driver_that_torch_cannot_use(monkeypatch):
