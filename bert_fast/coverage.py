@@ -122,18 +122,18 @@ def _reason_of_cache(model, inputs):
         return "use_cache in a decoder under torch.compile"
     if caches(model, inputs) and any(map(keeps_no_cache, layers_of(model))):
         return "use_cache with gradient checkpointing"
-    cache = inputs.past_key_values
+    cache = inputs.cache
     if cache is None:
         return None
     parts = [cache]
     if type(cache) is transformers.EncoderDecoderCache:
         parts = [cache.self_attention_cache, cache.cross_attention_cache]
     elif inputs.encoder_hidden_states is not None:
-        return f"past_key_values of type {type(cache).__name__} beside encoder_hidden_states"
+        return f"a cache of type {type(cache).__name__} beside encoder_hidden_states"
     if not caches(model, inputs) or any(type(p) is not transformers.DynamicCache for p in parts):
-        return f"past_key_values of type {type(parts[0]).__name__}"
+        return f"a cache of type {type(parts[0]).__name__}"
     if any(p.get_seq_length() for p in parts):
-        return "past_key_values: a step with a key-value cache"
+        return "a step that reads a cache"
     return None
 
 

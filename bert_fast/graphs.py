@@ -83,7 +83,7 @@ def bucket_of(model, inputs, kwargs, training=None):
     mask = inputs.attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != (B, S)):
         return None
-    cross = inputs.encoder_hidden_states, inputs.encoder_attention_mask, inputs.past_key_values
+    cross = inputs.encoder_hidden_states, inputs.encoder_attention_mask, inputs.cache
     if any(t is not None for t in cross):
         return None
     kinds = []

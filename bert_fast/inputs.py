@@ -1,5 +1,6 @@
 """The arguments of a call to an encoder, and the errors for invalid ones."""
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,11 @@ import transformers
 
 from .architectures import at
 from .coverage import reason_of_parts
+
+# What transformers calls a key-value cache, as an argument and in outputs.
+CACHE = "cache"
+if CACHE not in inspect.signature(transformers.BertModel.forward).parameters:  # before 5.24
+    CACHE = "past_key_values"
 
 
 class Inputs(NamedTuple):
@@ -19,7 +25,7 @@ class Inputs(NamedTuple):
     inputs_embeds: torch.Tensor | None = None  # [B, S, width of the embeddings]
     encoder_hidden_states: torch.Tensor | None = None  # [B, Sk, H]
     encoder_attention_mask: torch.Tensor | None = None  # [B, Sk]
-    past_key_values: transformers.Cache | None = None
+    cache: transformers.Cache | None = None
     use_cache: bool | None = None
 
     def shape(self):

@@ -6,6 +6,7 @@ counted in report(model). What they compute is in encoder.py.
 
 import collections
 import functools
+import inspect
 import logging
 import threading
 
@@ -17,13 +18,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .architectures import BERT, CAMEMBERT, DISTILBERT, ELECTRA, ROBERTA, XLM_ROBERTA, at
 from .coverage import asked, caches, decodes, reason_of_call, reason_of_model
 from .encoder import Memory, Tokens, checkpointed, checkpoints, embed, layer_forward
 from .frozen import drop_copies
 from .graphs import bucket_of, graphs_of
-from .inputs import Inputs, check
+from .inputs import CACHE, Inputs, check
 from .kernels.dropout import new_seeds
 from .kernels.launch import directly, is_recorded
 from .seen import forget
@@ -117,6 +119,8 @@ class _Encoder:
         if reason is not None:
             if not torch.compiler.is_compiling():
                 drop_copies(self)
+            if "cache" in inputs:
+                inputs[CACHE] = inputs.pop("cache")
             return stock_forward(**inputs, **kwargs)
         of_training = training_graphs_of(self) if is_recorded() else None
         if bucket:
@@ -159,7 +163,7 @@ class _Encoder:
         if memory is not None:
             there = _tokens(inputs.encoder_attention_mask, B, memory.shape[1], device, static)
             memory = Memory(there.pack(memory), there)
-        cache = inputs.past_key_values
+        cache = inputs.cache
         if cache is None and caches(self, inputs):
             cache = _new_cache(self.config, memory is not None)
         layers = architecture.layers(self)
@@ -181,7 +185,7 @@ class _Encoder:
         if getattr(self, "pooler", None) is not None:
             given["pooler_output"] = self.pooler(last)
         if cache is not None:
-            given["past_key_values"] = cache
+            given[CACHE] = cache
         output = self.architecture.output(**given)
         if states is not None:
             output["hidden_states"] = states  # the last, as in stock
@@ -209,9 +213,29 @@ def _new_cache(config, crosses):
     return transformers.DynamicCache(config=config)
 
 
+def _named_as_in_stock(forward):
+    """forward, whose cache has the name that it has in transformers: past_key_values before 5.24,
+    where that still is another name."""
+    if CACHE == "cache":
+        return deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE)(forward)
+
+    @functools.wraps(forward)
+    def named(*args, **kwargs):
+        if CACHE in kwargs:
+            kwargs["cache"] = kwargs.pop(CACHE)
+        return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    given = signature.parameters.values()
+    given = [p.replace(name=CACHE) if p.name == "cache" else p for p in given]
+    named.__signature__ = signature.replace(parameters=given)
+    return named
+
+
 class _BertLike(_Encoder):
     """The forward of all architectures but DistilBERT."""
 
+    @_named_as_in_stock
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -221,7 +245,7 @@ class _BertLike(_Encoder):
         inputs_embeds: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: transformers.Cache | None = None,
+        cache: transformers.Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor] | BaseModelOutputWithPoolingAndCrossAttentions:
@@ -236,7 +260,7 @@ class _BertLike(_Encoder):
             inputs_embeds=inputs_embeds,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
         )
 

@@ -246,7 +246,9 @@ def check_dropout(op, name, p, seed):
 
 def new_seeds(count, device):
     """Yields count seeds, int64[1] each, from torch's generator: all drawn when the first is."""
-    yield from torch.randint(2**63 - 1, (count, 1), device=device).unbind()
+    # No `yield from`: torch 2.14's dynamo then closes a list's iterator, which has no close.
+    for seed in torch.randint(2**63 - 1, (count, 1), device=device).unbind():  # noqa: UP028
+        yield seed
 
 
 # -- spec -----------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from transformers import masking_utils
 
 import bert_fast
 from bert_fast import attention_interface
+from bert_fast.inputs import CACHE
 
 FAMILY = [
     "BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel", "ElectraModel",
@@ -265,11 +266,11 @@ def test_masks_of_other_shapes_are_made_as_for_sdpa(device):
         return (q - k).abs() < 3
 
     assert make(config, embeds, padding, and_mask_function=overlay).shape == (B, 1, S, S)
-    assert causal(config, embeds, padding, past_key_values=None).shape == (B, 1, S)
+    assert causal(config, embeds, padding, **{CACHE: None}).shape == (B, 1, S)
     cache = transformers.DynamicCache()
     cache.update(torch.zeros(B, 4, 2, 16), torch.zeros(B, 4, 2, 16), 0)
     longer = torch.cat((padding, padding[:, :2]), 1)
-    assert causal(config, embeds, longer, past_key_values=cache).shape == (B, 1, S, S + 2)
+    assert causal(config, embeds, longer, **{CACHE: cache}).shape == (B, 1, S, S + 2)
 
 
 def test_causal_queries_before_more_keys_are_left_to_sdpa(device):

@@ -24,10 +24,11 @@ from models import (
 )
 
 import bert_fast
+from bert_fast.inputs import CACHE
 
 DECODERS = ["BertLMHeadModel", "RobertaForCausalLM", "ElectraForCausalLM"]
 SK = 31  # length of what the decoder reads
-STEP = "past_key_values: a step with a key-value cache"
+STEP = "a step that reads a cache"
 
 
 def crossing(name, device, dtype=torch.float32, **changes):
@@ -158,7 +159,7 @@ def test_a_translator_trains_on_the_kernels(use_cache, device):
             decoder_attention_mask=mask,
             use_cache=use_cache,
         )
-        assert (out.past_key_values is None) == (use_cache is False)
+        assert (CACHE in out) == (use_cache is not False)
         loss = torch.nn.functional.cross_entropy(
             out.logits.transpose(1, 2), ids_of(device).masked_fill(mask == 0, -100)
         )
@@ -211,7 +212,7 @@ def test_a_cache_filled_by_the_kernels_serves_the_next_step(name, kind, device):
     where = tokens(mask, device)
     with torch.no_grad():
         ours, theirs = (m(ids_of(device), attention_mask=mask) for m in (fast, stock))
-        for a, b in zip(ours.past_key_values, theirs.past_key_values, strict=True):
+        for a, b in zip(ours[CACHE], theirs[CACHE], strict=True):
             for x, y in zip(a[:2], b[:2]):
                 at_tokens = where[:, None, :, None].expand_as(x)
                 torch.testing.assert_close(x[at_tokens], y[at_tokens], atol=1e-5, rtol=0)
@@ -219,7 +220,7 @@ def test_a_cache_filled_by_the_kernels_serves_the_next_step(name, kind, device):
         assert_ran_fast(fast)
         longer = None if mask is None else torch.cat((mask != 0, mask.new_ones(B, 1)), 1)
         ours, theirs = (
-            m(ids_of(device)[:, :1], attention_mask=longer, past_key_values=out.past_key_values)
+            m(ids_of(device)[:, :1], attention_mask=longer, **{CACHE: out[CACHE]})
             for m, out in ((fast, ours), (stock, theirs))
         )
     has_tokens = where.any(1)
@@ -251,12 +252,26 @@ def test_an_empty_cache_that_is_passed_is_filled_and_returned(device):
         out = fast(
             ids_of(device),
             encoder_hidden_states=states_of(device),
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
-    assert out.past_key_values is cache
+    assert out[CACHE] is cache
     assert cache.get_seq_length() == S
     assert cache.cross_attention_cache.get_seq_length() == SK
+    assert_ran_fast(fast)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_cache_is_taken_by_its_place_and_by_the_names_that_stock_takes(device):
+    fast = bert_fast.accelerate(stock_model(device=device, is_decoder=True))
+    place = list(inspect.signature(fast.forward).parameters).index(CACHE)
+    for names in ((CACHE,), ("past_key_values",), ()):
+        cache = transformers.DynamicCache(config=fast.config)
+        places = [] if names else [*[None] * (place - 1), cache]
+        with torch.no_grad():
+            out = fast(ids_of(device), *places, use_cache=True, **dict.fromkeys(names, cache))
+        assert out[CACHE] is cache
+        assert cache.get_seq_length() == S
     assert_ran_fast(fast)
 
 
@@ -271,7 +286,7 @@ def test_a_cache_knows_layers_by_the_number_that_stock_gives_them(layers, device
     with torch.no_grad():
         for m, logits in ((fast, ours), (stock, theirs)):
             first = m(ids, attention_mask=mask, use_cache=True)
-            step = {"past_key_values": first.past_key_values, "attention_mask": longer}
+            step = {CACHE: first[CACHE], "attention_mask": longer}
             logits.append(m(ids[:, :1], **step, use_cache=True).logits)
     assert fast_calls(fast) == [(1, {STEP: 1})]
     there = mask.any(1)
@@ -282,8 +297,8 @@ def test_another_cache_runs_stock(device):
     fast = bert_fast.accelerate(stock_model(device=device, is_decoder=True))
     cache = transformers.StaticCache(config=fast.config, max_cache_len=40)
     with torch.no_grad():
-        fast(ids_of(device), past_key_values=cache, use_cache=True)
-    assert_ran_stock(fast, "past_key_values of type StaticCache")
+        fast(ids_of(device), use_cache=True, **{CACHE: cache})
+    assert_ran_stock(fast, "a cache of type StaticCache")
 
 
 # -- what is not covered, and bad input -------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import bert_fast
 from bert_fast import encoder
+from bert_fast.inputs import CACHE
 from bert_fast.kernels import launch
 from bert_fast.kernels.launch import COMPOSED, HAS_TRITON, INTERPRET, KERNELS
 
@@ -171,7 +172,7 @@ def test_a_forward_does_not_wait_for_the_gpu(name, kind):
 def tensors(output):
     """All in an output of a model, those of its caches too."""
     output = dict(output)
-    caches = output.pop("past_key_values", None)
+    caches = output.pop(CACHE, None)
     layers = [
         layer
         for cache in (caches and (caches.self_attention_cache, caches.cross_attention_cache)) or ()
