@@ -214,8 +214,8 @@ def _new_cache(config, crosses):
 
 
 def _named_as_in_stock(forward):
-    """forward, whose cache has the name that it has in transformers: past_key_values before 5.24,
-    where that still is another name."""
+    """forward, with the cache under the name that it has in transformers: past_key_values before
+    5.24; since then `cache`, the earlier name with a FutureWarning."""
     if CACHE == "cache":
         return deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE)(forward)
 
