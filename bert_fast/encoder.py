@@ -189,7 +189,7 @@ def checkpoints(layer):
 
 def keeps_no_cache(layer):
     """Whether gradient checkpointing is on for a layer, where transformers keeps that flag: stock
-    then drops the cache, with gradients or without."""
+    then drops the cache, before transformers 5.24 without gradients too."""
     return layer.__dict__.get("gradient_checkpointing", False) and layer.training
 
 
