@@ -155,11 +155,7 @@ def compile_only(calls, dtype, device, wanted, config):
 def _call_of(name, case, dtype, device):
     """The op and inputs like those of the case, without values: the GPU is being timed."""
     (spec,) = (s for s in SPECS if s.name == name)
-    inputs = spec.inputs(dtype, "meta", **case)
-    return spec.fn, {
-        k: torch.empty_like(v, device=device) if torch.is_tensor(v) else v
-        for k, v in inputs.items()
-    }
+    return spec.fn, spec.without_values(dtype, device, case)
 
 
 # -- the search -----------------------------------------------------------------------------
@@ -396,6 +392,8 @@ def main(options, fail):
             device, tables = chosen_in(read(options.source))
         except ValueError as error:
             fail(str(error))
+        if not tables:
+            fail(f"--from {options.source}: chose no configuration; give the file of a run of tune")
         path = Path(options.table or TABLES / f"{launch.slug(device['name'])}.json")
         write_table(path, device, tables)
         print(f"table written to {path}")

@@ -34,6 +34,13 @@ class Spec:
     def label(self, case):
         return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in case.items())})"
 
+    def without_values(self, dtype, device, case):
+        """Keywords of fn as `inputs` gives them, their tensors uninitialised: to compile for."""
+        return {
+            name: torch.empty_like(given, device=device) if torch.is_tensor(given) else given
+            for name, given in self.inputs(dtype, "meta", **case).items()
+        }
+
 
 def is_float(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()

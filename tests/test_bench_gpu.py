@@ -207,6 +207,24 @@ def test_a_wrong_part_and_a_machine_without_a_gpu_are_refused(
     assert (exit.value.code, said.count("\n"), known in said) == (2, 1, True)
 
 
+def test_a_table_is_written_from_the_file_of_a_run_elsewhere(tmp_path, monkeypatch, capsys):
+    files, table = gpu.ROOT / "bench" / "results", tmp_path / "table.json"
+
+    def written_from(name):
+        arguments = ["bench", "tune", "--from", str(files / name), "--table", str(table)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        return cli.main("")
+
+    with pytest.raises(SystemExit) as exit:
+        written_from("cpu-amd-epyc-2026-11-24.json")
+    assert exit.value.code == 2 and not table.exists()
+    assert "chose no configuration; give the file of a run of tune" in capsys.readouterr().err
+    assert written_from("nvidia-h200-2026-11-27-tune.json") == 0
+    made = json.loads(table.read_text())
+    assert (made["gpu"], made["capability"], made["multiprocessors"]) == ("NVIDIA H200", "9.0", 132)
+    assert ("attention", "D=128 itemsize=2") in launch.read_table(table, "NVIDIA H200")
+
+
 def test_the_line_of_a_workload_says_what_failed():
     rows = [
         {"workload": "base", "dtype": "tf32", "contender": c, "baseline": "sdpa", "status": s,

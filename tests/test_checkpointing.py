@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import bert_fast
 from bert_fast import encoder
+from bert_fast.inputs import CACHE
 from bert_fast.kernels.launch import INTERPRET
 
 MODELS = ["BertModel"]
@@ -191,7 +192,8 @@ def test_a_cache_with_checkpointing_is_left_to_stock(grad, device):
     turn_on(stock), turn_on(model)
     with torch.set_grad_enabled(grad):
         ours, theirs = (m(ids_of(device), use_cache=True) for m in (model, stock))
-    assert ours.keys() == theirs.keys()
+    keeps = CACHE == "cache" and not grad  # transformers 5.24 and newer
+    assert (CACHE in ours) == (CACHE in theirs) == keeps
     assert_ran_stock(model, "use_cache with gradient checkpointing")
 
 
